@@ -1,0 +1,48 @@
+"""The smallest server: each connection gets a conid, its bytes come back.
+
+    python examples/echo.py
+
+Prints:
+    conid 2 is open
+    conid 2 says b'hello'
+    the client got b'hello'
+    conid 2 ended: eof after 5 bytes in, 5 out
+"""
+
+import socket
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import tcpops
+
+ops = tcpops.TcpOps()
+
+
+@ops.request_route
+def echo(msg):
+    print(f"conid {msg.conid} says {msg.data}")
+    msg.reply(msg.data)
+
+
+@ops.event_route("tcp:opened")
+def opened(event):
+    print(f"conid {event.conid} is open")
+
+
+@ops.event_route("tcp:closed")
+def closed(event):
+    print(f"conid {event.conid} ended: {event.reason} after"
+          f" {event.bytes_in} bytes in, {event.bytes_out} out")
+    ops.stop()
+
+
+listener = ops.connection(ops.listen("127.0.0.1", 0))
+client = socket.create_connection((listener.Ri, listener.Rp))
+client.sendall(b"hello")
+while ops.stats()["bytes_out"] < 5:
+    ops.step(timeout=1)
+print("the client got", client.recv(100))
+client.close()
+ops.run()  # until closed() stops it
+ops.close()

@@ -1,0 +1,3051 @@
+#!/usr/bin/env python3
+"""tcpops: every TCP connection has a number; its whole life by that number.
+
+One file of pure standard-library Python, a reference implementation of
+Kamailio's TCP Ops module with an event loop of its own.  Every connection gets
+a number, the conid.  By that number you ask whether the connection still
+lives, turn keepalive on and off, give it an idle lifetime and close it, and
+you are told exactly once when and why it ended:
+
+    import tcpops
+
+    ops = tcpops.TcpOps(connection_lifetime=120)
+
+    @ops.request_route
+    def on_message(msg):
+        ops.tcp_set_connection_lifetime(3605)  # of the message's connection
+        msg.reply(b"welcome\\n")
+
+    @ops.event_route("tcp:closed")
+    def on_closed(event):
+        print(event.conid, event.reason)
+
+    ops.listen("127.0.0.1", 5060)
+    ops.run()
+
+Without a program: python tcpops.py --listen
+
+The file reads from top to bottom; nothing is used above its definition:
+
+    1  Imports and public names
+    2  The words of the specification
+    3  What callers pass
+    4  Deadlines
+    5  Keepalive
+    6  Probing a socket
+    7  Messages and framings
+    8  A connection
+    9  The table of connections
+   10  Routes
+   11  The loop
+   12  The functions of the specification
+   13  The command line
+
+What the specification's functions return; negative is false, as in the
+script language, so "if not ops.tcp_conid_alive(conid)" means what it says:
+
+    Result   1 SUCCESS   -1 FAILURE
+    State    1 OK         2 ACCEPT   3 CONNECT
+            -1 NOT_FOUND -2 EOF     -3 ERROR    -4 BAD
+
+"Spec" in a docstring names the section of the TCP Ops module's documentation.
+
+Not here: TLS, WebSocket, SIP parsing, UDP, name lookups without blocking,
+use of one TcpOps from several threads (only stop and call_soon may be).
+
+Copyright (c) 2026, the tcpops authors.  BSD-2-Clause, see LICENSE.
+"""
+
+# ---------------------------------------------------------------------------
+# 1. Imports and public names
+# ---------------------------------------------------------------------------
+
+import argparse
+import collections
+import contextlib
+import enum
+import errno
+import functools
+import heapq
+import itertools
+import json
+import logging
+import math
+import numbers
+import os
+import queue
+import re
+import reprlib
+import selectors
+import signal
+import socket
+import stat
+import struct
+import sys
+import threading
+import time
+import types
+from typing import NamedTuple, Optional
+
+__version__ = "1.0.0"
+
+__all__ = [
+    "State", "Result", "Event", "EVENT_NAMES", "REASONS",         # section 2
+    "parse_address",                                              # section 3
+    "Keepalive",                                                  # section 5
+    "probe",                                                      # section 6
+    "Message", "Framing", "LineFraming", "ProtocolError",         # section 7
+    "ConnectionInfo",                                             # section 8
+    "TcpOps",                                                     # section 12
+    "main",                                                       # section 13
+]
+
+log = logging.getLogger("tcpops")
+
+#: "No deadline", and "no limit": larger than every number of seconds or bytes.
+NEVER = math.inf
+
+# ---------------------------------------------------------------------------
+# 2. The words of the specification
+# ---------------------------------------------------------------------------
+
+
+class _Code(enum.IntEnum):
+    """An integer of the script language: positive is true, negative false.
+
+    In plain Python -1 is true, and "if not tcp_conid_alive(conid)" would
+    silently never fire.  print() shows the bare number on every version of
+    Python (the enum module changed its mind on that in 3.11 and 3.12).
+    """
+
+    def __bool__(self):
+        return self.value > 0
+
+    __str__ = int.__repr__
+    __format__ = int.__format__
+
+
+class Result(_Code):
+    """What the functions that do something return.  Spec: 3.3 to 3.6."""
+
+    SUCCESS = 1
+    FAILURE = -1
+
+
+class State(_Code):
+    """What tcp_conid_state and probe return.  Spec: 3.2."""
+
+    OK = 1          #: the connection is usable
+    ACCEPT = 2      #: a listener, or accepted and no byte has moved yet
+    CONNECT = 3     #: connect() is under way
+    NOT_FOUND = -1  #: no such connection, or not any more
+    EOF = -2        #: the peer has sent FIN
+    ERROR = -3      #: the socket has an error; the connection will end
+    BAD = -4        #: the probe itself failed; the connection will end
+
+
+#: The routes of event_route().  The specification knows the first (4.1); its
+#: newer releases split resets and timeouts off; "tcp:opened" is ours.
+EVENT_NAMES = ("tcp:closed", "tcp:reset", "tcp:timeout", "tcp:opened")
+
+#: Why a connection ended, and which event tells it.  README shows this table.
+REASONS = {
+    "eof": "tcp:closed",         # FIN from the peer
+    "closed": "tcp:closed",      # tcp_close_connection
+    "protocol": "tcp:closed",    # a message cannot be parsed, or is too long
+    "error": "tcp:closed",       # any other error of the socket
+    "shutdown": "tcp:closed",    # the loop was closed or drained
+    "reset": "tcp:reset",        # RST from the peer, or connect refused
+    "keepalive": "tcp:timeout",  # the peer vanished
+    "lifetime": "tcp:timeout",   # idle for longer than its lifetime
+    "connect": "tcp:timeout",    # no answer to connect, or no way there
+    "send": "tcp:timeout",       # what is queued makes no progress
+    "message": "tcp:timeout",    # a message begun is not complete
+}
+
+# An errno means one thing while connecting and another thing afterwards.
+# ECONNREFUSED on an established connection is a stored ICMP error that the
+# kernel hands out when its own timer gives up: the peer has vanished.
+_UNREACHABLE = (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH,
+                errno.EHOSTDOWN)
+_CONNECTING_REASON = {
+    errno.ECONNREFUSED: "reset",
+    errno.ECONNRESET: "reset",
+    errno.ECONNABORTED: "reset",
+    **dict.fromkeys(_UNREACHABLE, "connect"),
+}
+_CONNECTED_REASON = {
+    errno.EPIPE: "eof",  # RST after FIN; the peer's first segment decides
+    errno.ECONNRESET: "reset",
+    errno.ECONNABORTED: "reset",
+    **dict.fromkeys(_UNREACHABLE, "keepalive"),
+    errno.ECONNREFUSED: "keepalive",
+}
+
+
+class Cause(NamedTuple):
+    """The first terminal cause of a connection: latched, never replaced."""
+
+    reason: str
+    errno: Optional[int]
+    detail: str
+
+    @classmethod
+    def of_errno(cls, number, connecting=False):
+        """Translate the error of a socket."""
+        table = _CONNECTING_REASON if connecting else _CONNECTED_REASON
+        reason = table.get(number, "error")
+        if reason == "eof":
+            # The same end as a FIN that recv() shows, so the same answer.
+            return cls("eof", None, "FIN from the peer")
+        return cls(reason, number, os.strerror(number))
+
+    @property
+    def state(self):
+        """What tcp_conid_state says of a connection that has this cause."""
+        if self.reason in ("closed", "shutdown"):
+            return State.NOT_FOUND
+        return State.EOF if self.reason == "eof" else State.ERROR
+
+
+class Event(NamedTuple):
+    """What an event route is called with.  Spec: 4.1.
+
+    si, sp are the peer's address and port, Ri, Rp ours (Kamailio's $si, $sp,
+    $Ri and $Rp).  The socket is closed by the time an end is told: the fields
+    are all there is.
+    """
+
+    conid: int
+    name: str               #: one of EVENT_NAMES
+    reason: Optional[str]   #: one of REASONS; None for tcp:opened
+    errno: Optional[int]    #: the number behind the reason, or None
+    detail: str             #: a few words for a person
+    proto: str              #: "tcp"
+    si: str
+    sp: int
+    Ri: str
+    Rp: int
+    age: float              #: seconds since the conid was handed out
+    bytes_in: int           #: bytes received
+    bytes_out: int          #: bytes handed to the kernel
+
+# ---------------------------------------------------------------------------
+# 3. What callers pass
+#
+# Two languages meet in this file.  Listening, connecting and settings speak
+# Python: a wrong value raises.  The functions of the specification speak the
+# script language: a wrong value is one log line and -1.  Both check with what
+# stands here, which always raises ValueError; section 12 is the only place
+# that turns it into a return code.
+# ---------------------------------------------------------------------------
+
+#: Stands for "no conid given": None is a wrong value, not a missing one.
+_CURRENT = object()
+
+#: The largest lifetime, some 68 years: what the original can hold.
+_MAX_SECONDS = 2 ** 31 - 1
+
+_NUMERAL = re.compile(r"[+-]?[0-9]{1,20}(\.[0-9]{1,20})?", re.ASCII)
+
+
+def _number(value, name, low, high, whole=False):
+    """Return value as a number from low to high, or raise ValueError.
+
+    A numeric string is a number, as in the script language.  bool is not one,
+    though Python says so: True for a conid is a mistake, never an intention.
+    """
+    number = value
+    if isinstance(value, str) and _NUMERAL.fullmatch(value):
+        number = float(value) if "." in value else int(value)
+    kind = numbers.Integral if whole else numbers.Real
+    if (not isinstance(number, kind) or isinstance(number, bool)
+            or not low <= number <= high):
+        what = "a whole number" if whole else "a number"
+        limits = f" from {low} to {high}" if high != NEVER else ""
+        raise ValueError(
+            f"{name} must be {what}{limits}, not {reprlib.repr(value)}")
+    return int(number) if whole else number
+
+
+def _arguments(names, given, named):
+    """Sort the arguments of a function whose leading conid may be left out."""
+    if len(given) + len(named) == len(names) - 1 and "conid" not in named:
+        given = (_CURRENT, *given)
+    missing = names[len(given):]
+    if len(given) > len(names) or set(missing) != set(named):
+        raise ValueError(f"takes ([conid], {', '.join(names[1:])})")
+    return (*given, *(named[name] for name in missing))
+
+
+def _payload(payload):
+    """Return a payload as bytes, or raise TypeError."""
+    if not isinstance(payload, (bytes, bytearray, memoryview)):
+        raise TypeError(f"payload must be bytes, not {type(payload).__name__}")
+    return bytes(payload)
+
+
+_ADDRESS = re.compile(
+    r"(?:(?P<scheme>sips?):(?:[^@]*@)?)?"
+    r"(?:\[(?P<v6>[^\[\]]+)\]|(?P<host>[^\[\]:;?@\s]+))"
+    r"(?::(?P<port>[0-9]{1,5}))?"
+    r"(?(scheme)(?:[;?].*)?)", re.IGNORECASE | re.ASCII | re.DOTALL)
+
+
+def parse_address(address, lowest_port=1):
+    """Return (host, port) of "host:port", "[v6]:port" or a sip: or sips: URI.
+
+    The port defaults to 5060, for sips: to 5061 (RFC 3261, 19.1.2).  Raises
+    ValueError for anything else.
+    """
+    match = isinstance(address, str) and _ADDRESS.fullmatch(address)
+    if match:
+        sips = (match["scheme"] or "").lower() == "sips"
+        port = int(match["port"] or (5061 if sips else 5060))
+        if lowest_port <= port <= 65535:
+            return match["v6"] or match["host"], port
+    raise ValueError("address must be HOST:PORT, [V6]:PORT or a SIP URI,"
+                     f" not {reprlib.repr(address)}")
+
+
+def _format_address(address):
+    """Return "host:port", with brackets around an IPv6 address."""
+    host, port = address[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _resolve(host, port, passive=False):
+    """Return [(family, address), ...] of a host; a name blocks on its lookup.
+
+    Also the way in which an address is written becomes the kernel's way, so
+    that what is returned compares with what accept() and getpeername() say.
+    """
+    port = _number(port, "port", 0, 65535, whole=True)
+    flags = socket.AI_PASSIVE if passive else 0
+    found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM,
+                               flags=flags)
+    return [(family, address) for family, _, _, _, address in found]
+
+# ---------------------------------------------------------------------------
+# 4. Deadlines
+#
+# Nearly every deadline is put off before it comes up: a lifetime is renewed
+# by each message.  So activity must cost nothing here.  It stores a number on
+# the connection and leaves the heap alone; an entry that comes up early is
+# pushed back to where it belongs.  Only a deadline that is *shortened* pushes
+# an entry at once, and the old one is recognised by its time, which is no
+# longer the owner's.  One heap serves lifetime, keepalive, connect, send and
+# message: each owner has one live entry, its earliest.
+#
+# Time is an argument.  Nothing here reads a clock.
+# ---------------------------------------------------------------------------
+
+
+class Deadlines:
+    """A heap of wake-ups, one live entry for each owner.
+
+    An owner has a conid, which breaks ties, and a wake, the time of its live
+    entry, NEVER if it has none; wake belongs to this class alone.
+    """
+
+    def __init__(self):
+        self._heap = []  # of (when, conid, owner)
+        self._live = 0   # how many owners have a wake
+
+    def __len__(self):
+        return len(self._heap)
+
+    def arm(self, owner, when):
+        """See to it that the owner comes up at that time at the latest."""
+        if when >= owner.wake:
+            return
+        if owner.wake == NEVER:
+            self._live += 1
+        owner.wake = when
+        heapq.heappush(self._heap, (when, owner.conid, owner))
+        self._prune()
+
+    def disarm(self, owner):
+        """Forget the owner's entry."""
+        if owner.wake != NEVER:
+            owner.wake = NEVER
+            self._live -= 1
+            self._prune()
+
+    def next(self):
+        """Return the time of the earliest live entry, NEVER if none."""
+        heap = self._heap
+        while heap and heap[0][0] != heap[0][2].wake:
+            heapq.heappop(heap)
+        return heap[0][0] if heap else NEVER
+
+    def pop(self, now):
+        """Take out and return an owner whose time has come, or None."""
+        if self.next() > now:
+            return None
+        owner = heapq.heappop(self._heap)[2]
+        owner.wake = NEVER
+        self._live -= 1
+        return owner
+
+    def _prune(self):
+        """Keep the heap a small multiple of its live entries."""
+        # Linear, but only after as many pushes or ends as there are entries.
+        # A set, since an owner put back to the very time of a stale entry of
+        # its own would otherwise have two live ones.
+        if len(self._heap) > 2 * self._live + 8 or not self._live:
+            self._heap = list({entry for entry in self._heap
+                               if entry[0] == entry[2].wake})
+            heapq.heapify(self._heap)
+
+# ---------------------------------------------------------------------------
+# 5. Keepalive
+#
+# The kernel does the probing.  But it does not probe while data of ours is
+# unacknowledged: a peer that vanishes with data in flight stays "alive" for
+# the 15 minutes that retransmission goes on (tcp_retries2).  TCP_USER_TIMEOUT
+# would end that and break something else, for it kills a living peer that
+# keeps its window shut.  So the loop keeps a deadline beside the kernel's and
+# asks TCP_INFO when it comes up: is_dead() below.
+# ---------------------------------------------------------------------------
+
+
+class Keepalive(NamedTuple):
+    """Keepalive settings of a connection.  Spec: 3.3."""
+
+    idle: int      #: seconds of silence before the first probe
+    count: int     #: unanswered probes before the connection is reset
+    interval: int  #: seconds between two probes
+
+    @property
+    def limit(self):
+        """Seconds of silence after which the peer has vanished."""
+        return self.idle + self.count * self.interval
+
+
+#: Each setting and the names of its option; macOS has a name of its own for
+#: the first.  Linux takes 1 to 32767 seconds, 1 to 127 probes.
+_KEEPALIVE_OPTIONS = (
+    ("idle", ("TCP_KEEPIDLE", "TCP_KEEPALIVE")),
+    ("count", ("TCP_KEEPCNT",)),
+    ("interval", ("TCP_KEEPINTVL",)),
+)
+
+
+def _keepalive_options():
+    """Return [(setting, option's name, option)], OSError if one is missing."""
+    options = []
+    for setting, names in _KEEPALIVE_OPTIONS:
+        name = next((name for name in names if hasattr(socket, name)), None)
+        if name is None:
+            raise OSError(errno.ENOPROTOOPT,
+                          f"this platform has no {' or '.join(names)}")
+        options.append((setting, name, getattr(socket, name)))
+    return options
+
+
+def get_keepalive(sock):
+    """Return the Keepalive that the kernel has for a socket, None if off."""
+    if not sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE):
+        return None
+    return Keepalive(*(sock.getsockopt(socket.IPPROTO_TCP, option)
+                       for _, _, option in _keepalive_options()))
+
+
+def set_keepalive(sock, keepalive):
+    """Turn keepalive on; all settings or, with OSError, none."""
+    options = _keepalive_options()
+    before = [sock.getsockopt(socket.IPPROTO_TCP, option)
+              for _, _, option in options]
+    for (setting, name, option), value in zip(options, keepalive):
+        try:
+            sock.setsockopt(socket.IPPROTO_TCP, option, value)
+        except (OSError, TypeError) as error:  # TypeError: no C int
+            for (_, _, undo), old in zip(options, before):
+                sock.setsockopt(socket.IPPROTO_TCP, undo, old)
+            raise OSError(
+                getattr(error, "errno", errno.EINVAL),
+                f"the system refuses {value} as {setting} ({name})") from None
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+
+
+def clear_keepalive(sock):
+    """Turn keepalive off; the settings stay in the socket, unused."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 0)
+
+
+class TcpInfo(NamedTuple):
+    """What is used of Linux' struct tcp_info."""
+
+    state: int       #: as in include/net/tcp_states.h
+    unanswered: int  #: retransmissions or window probes with no answer yet
+    silence: float   #: seconds since the peer last sent anything, even an ACK
+
+
+# Eight bytes (state, ca_state, retransmits, probes, backoff, options, window
+# scales, flags), then 32-bit fields; the 12th is tcpi_last_data_recv and the
+# 13th tcpi_last_ack_recv, in milliseconds.
+_TCP_INFO = struct.Struct("=B x B B 4x 44x I I")
+_TCP_SYN_SENT = 2
+#: No byte can come any more: TIME_WAIT, CLOSE, CLOSE_WAIT, LAST_ACK, CLOSING.
+_TCP_ENDED = (6, 7, 8, 9, 11)
+
+
+def tcp_info(sock):
+    """Return the TcpInfo of a socket, None where there is no such thing."""
+    # The BSDs have an option of this name with other fields behind it.
+    if not sys.platform.startswith("linux"):
+        return None  # pragma: no cover (no struct tcp_info as on Linux)
+    try:
+        raw = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO,
+                              _TCP_INFO.size)
+        state, retransmits, probes, data, ack = _TCP_INFO.unpack(raw)
+    except (OSError, struct.error):  # not TCP, or not open any more
+        return None
+    return TcpInfo(state, max(retransmits, probes), min(data, ack) / 1000)
+
+
+def is_dead(info, limit, suspected):
+    """Say whether a peer that has been asked something has vanished.
+
+    Silence alone proves nothing: the kernel probes a shut window at growing
+    intervals, so a living peer can be silent for longer than the limit with
+    nothing asked of it.  Two transmissions without an answer do, or the same
+    one at two looks (suspected: one was unanswered at the look before).
+    """
+    return info.silence >= limit and (
+        info.unanswered >= 2 or (info.unanswered == 1 and suspected))
+
+# ---------------------------------------------------------------------------
+# 6. Probing a socket
+#
+# Some facts about SO_ERROR and MSG_PEEK, each of which decides a line below
+# (Linux; the test suite shows them):
+#
+# - SO_ERROR is read and clear.  After an RST the first read says ECONNRESET,
+#   the second 0, and recv() then says a clean EOF.  A MSG_PEEK that raises
+#   consumes the error too.  So whoever probes must remember what he found.
+# - MSG_PEEK cannot see past unread bytes.  Behind them FIN is invisible, and
+#   after an RST it still returns the data.  So SO_ERROR is asked first, and
+#   where bytes are waiting TCP_INFO says whether the peer has sent FIN.
+# - An RST that follows a FIN is EPIPE, not ECONNRESET: the kernel knows.
+# - A socket that is still connecting looks quiet (EAGAIN), like a good one.
+# - recv() on a listener, and on a socket never connected, says ENOTCONN.
+# ---------------------------------------------------------------------------
+
+# An SSLSocket refuses flags, the plain socket's method works on any socket.
+_recv = socket.socket.recv
+# MSG_DONTWAIT: the socket may be a blocking one.  0 where there is none.
+_PEEK = socket.MSG_PEEK | getattr(socket, "MSG_DONTWAIT", 0)
+# What a probe meets where there is no connected socket behind a descriptor.
+_NO_SOCKET = (errno.EBADF, errno.ENOTSOCK, errno.ENOTCONN)
+
+
+def _look(sock):
+    """Return (State, errno or None, bytes waiting) of a connected socket."""
+    try:
+        number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if not number:
+            if not _recv(sock, 1, _PEEK):
+                return State.EOF, None, False
+            info = tcp_info(sock)
+            ended = info is not None and info.state in _TCP_ENDED
+            return (State.EOF if ended else State.OK), None, True
+    except (BlockingIOError, InterruptedError):
+        return State.OK, None, False
+    except OSError as error:
+        number = error.errno
+    if number == errno.EPIPE:
+        return State.EOF, number, False
+    if number in _NO_SOCKET:
+        return State.BAD, number, False
+    return State.ERROR, number, False
+
+
+def probe(sock):
+    """Say what state any TCP socket is in, without a loop.  Spec: 3.2.
+
+    Returns (State, errno or None), and never blocks or raises on the state of
+    the socket.  Reading the error clears it, so a second probe of a failed
+    socket finds less than the first; TcpOps remembers, this cannot.
+    """
+    timeout = sock.gettimeout()
+    if timeout:
+        # With a timeout Python waits for readability, whatever the flags.
+        sock.settimeout(0)
+        try:
+            return probe(sock)
+        finally:
+            sock.settimeout(timeout)
+    state, number, _ = _look(sock)
+    if state is State.BAD and number == errno.ENOTCONN:
+        if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            return State.ACCEPT, None
+    elif state is State.OK:
+        info = tcp_info(sock)
+        if info is not None and info.state == _TCP_SYN_SENT:
+            return State.CONNECT, None
+    return state, number
+
+# ---------------------------------------------------------------------------
+# 7. Messages and framings
+#
+# A framing turns bytes into payloads and payloads into bytes.  It touches no
+# socket, reads no clock and calls no handler, so that it can be tested by
+# feeding it, and so that the loop treats every protocol alike.  The loop
+# pulls payloads one by one: when a connection may not send any more, or a
+# handler closes it, the rest waits in the framing and nothing is lost.
+# ---------------------------------------------------------------------------
+
+
+class Message:
+    """What request_route and onreply_route are called with."""
+
+    __slots__ = ("_loop", "_conn", "data")
+
+    def __init__(self, loop, conn, data):
+        self._loop = loop
+        self._conn = conn
+        self.data = data  #: the payload, bytes
+
+    #: The connection that the message came from, see Event for the names.
+    conid = property(lambda self: self._conn.conid)
+    proto = property(lambda self: self._conn.proto)
+    si = property(lambda self: self._conn.peer[0])
+    sp = property(lambda self: self._conn.peer[1])
+    Ri = property(lambda self: self._conn.local[0])
+    Rp = property(lambda self: self._conn.local[1])
+
+    @property
+    def is_reply(self):
+        """Whether onreply_route, if there is one, gets this message.
+
+        Plain bytes do not say whether they ask or answer: what comes in on a
+        connection that we opened is taken for an answer.  A framing whose
+        messages know better has a subclass of its own.
+        """
+        return self._conn.origin == "connect"
+
+    def reply(self, payload):
+        """Send payload on the connection that the message came from.
+
+        Returns a Result, see TcpOps.send.
+        """
+        return self._loop._send_on(self._conn, payload)
+
+    def __repr__(self):
+        return f"<Message conid {self.conid}: {reprlib.repr(self.data)}>"
+
+
+class ProtocolError(Exception):
+    """Raised by a framing: the peer broke the protocol.
+
+    The connection ends with the reason "protocol" and the text as detail.
+    """
+
+
+class Framing:
+    """The base of a framing, and the way to write one of your own.
+
+    Pass the class to listen, connect or attach; each connection gets an
+    instance.  To be filled in: next_message and encode; finish where the end
+    of the stream means something.  A framing that begins with a handshake
+    sets opened to False until it is done (the connection is not usable and
+    tcp:opened not told before), and a framing that has something to say by
+    itself appends it to output.  buffer holds what has been received and not
+    yet returned; partial must be true while a message, begun, is incomplete.
+    """
+
+    message = Message  #: the class of its messages
+    opened = True      #: False while a handshake is under way
+
+    def __init__(self, max_message, client):
+        self.max_message = max_message  #: bytes; refuse what is longer
+        self.client = client            #: True on a connection that we opened
+        self.buffer = bytearray()
+        self.output = bytearray()
+
+    def receive(self, data):
+        """Take what came from the peer."""
+        self.buffer += data
+
+    def next_message(self):
+        """Return the next payload, or None: more bytes are needed.
+
+        Raises ProtocolError.
+        """
+        raise NotImplementedError
+
+    def finish(self):
+        """Return the payload that the peer's FIN completes, or None."""
+        return None
+
+    @property
+    def partial(self):
+        """Whether a message has begun and is not complete."""
+        return bool(self.buffer)
+
+    def encode(self, payload):
+        """Return the bytes that send a payload."""
+        raise NotImplementedError
+
+
+class LineFraming(Framing):
+    """A message is a line, without its LF or CR LF.
+
+    What is sent gets a LF unless it ends with one.  A last line without LF is
+    a message too, once the peer has sent FIN.
+    """
+
+    def __init__(self, max_message, client):
+        super().__init__(max_message, client)
+        self._searched = 0  # a line that drips in is not searched anew
+
+    def next_message(self):
+        end = self.buffer.find(b"\n", self._searched)
+        length = len(self.buffer) if end < 0 else end
+        if length > self.max_message:
+            raise ProtocolError(f"a line of over {self.max_message} bytes")
+        if end < 0:
+            self._searched = length
+            return None
+        line = bytes(self.buffer[:end])
+        del self.buffer[:end + 1]
+        self._searched = 0
+        return line[:-1] if line.endswith(b"\r") else line
+
+    def finish(self):
+        line = bytes(self.buffer)
+        self.buffer.clear()
+        return line or None
+
+    def encode(self, payload):
+        return payload if payload.endswith(b"\n") else payload + b"\n"
+
+
+#: The framings by name; "raw" has none: what recv() returns is the message.
+_FRAMINGS = {"raw": None, "line": LineFraming}
+
+
+def _framing(framing):
+    """Return (name, factory) for the framing argument of listen and others."""
+    if isinstance(framing, str) and framing in _FRAMINGS:
+        return framing, _FRAMINGS[framing]
+    if callable(framing):
+        return getattr(framing, "__name__", "custom"), framing
+    raise ValueError(f"framing must be {', '.join(_FRAMINGS)} or a subclass"
+                     f" of Framing, not {reprlib.repr(framing)}")
+
+# ---------------------------------------------------------------------------
+# 8. A connection
+# ---------------------------------------------------------------------------
+
+
+class Phase(enum.Enum):
+    """Where a connection is in its life; each is entered at most once."""
+
+    LISTENING = enum.auto()   # a listener; never anything else
+    CONNECTING = enum.auto()  # connect() is under way
+    OPENING = enum.auto()     # the framing's handshake is under way
+    OPEN = enum.auto()        # usable
+    DOOMED = enum.auto()      # its socket is dead; what it holds is delivered
+    CLOSING = enum.auto()     # it ends as soon as what is queued is sent
+    ENDED = enum.auto()       # its socket is closed, its event may be queued
+
+
+#: The phases in which a connection can be told things, and can send.
+_LIVE = (Phase.OPEN, Phase.OPENING, Phase.CONNECTING)
+#: The phases in which messages are handed over.
+_RECEIVING = (Phase.OPEN, Phase.OPENING, Phase.DOOMED)
+
+
+class Connection:
+    """What the loop knows of a connection, or of a listener.
+
+    A record: whoever reads it finds every number of the connection in one
+    place.  The loop alone writes it.  No __dict__, since there may be tens of
+    thousands of them.
+    """
+
+    __slots__ = (
+        "conid", "proto", "peer", "local", "origin",    # who
+        "phase", "ready", "cause",         # where in its life
+        "forgotten",                       # tcp_close_connection returned 1
+        "sock", "recv", "send", "events",  # its socket, and what is selected
+        "framing", "layer", "message",     # how bytes become messages
+        "waiting",                         # messages wait for the next turn
+        "out", "bytes_in", "bytes_out",    # out: bytearray, or None if empty
+        "wants_event",                     # tcp_enable_closed_event
+        "since", "active", "lifetime",     # seconds, of the loop's clock
+        "work_due", "send_due", "keepalive_due",
+        "keepalive", "suspected",          # suspected: see is_dead
+        "wake",                            # see Deadlines
+        "candidates",                      # addresses that connect() may try
+        "older",                           # see Table
+    )
+
+    def __init__(self, conid, origin, framing, lifetime, now):
+        self.conid = conid
+        self.proto = "tcp"
+        self.peer = self.local = ("", 0)
+        self.origin = origin    # "listen", "accept", "connect" or "attach"
+        self.phase = self.ready = self.cause = None
+        self.forgotten = False
+        self.sock = self.recv = self.send = None
+        self.events = 0
+        self.framing = framing  # (name, factory), see _framing
+        self.layer = None       # the framing's instance; None: raw
+        self.message = Message
+        self.waiting = False
+        self.out = None
+        self.bytes_in = self.bytes_out = 0
+        self.wants_event = False
+        self.since = now
+        # The lifetime is an idle lifetime of what is open; before that the
+        # connect and message timeouts count.
+        self.active = NEVER
+        self.lifetime = lifetime
+        self.work_due = self.send_due = self.keepalive_due = NEVER
+        self.keepalive = None
+        self.suspected = False
+        self.wake = NEVER
+        self.candidates = ()
+        self.older = None
+
+    def bind(self, sock, peer, local):
+        """Give it a socket.  The bound methods save a look-up per message."""
+        self.sock, self.peer, self.local = sock, peer, local
+        self.recv, self.send = sock.recv, sock.send
+
+    def due(self):
+        """Return the earliest of its deadlines."""
+        return min(self.active + self.lifetime, self.work_due, self.send_due,
+                   self.keepalive_due)
+
+    def __repr__(self):
+        return (f"<Connection conid {self.conid} {self.phase.name}"
+                f" {_format_address(self.peer)}>")
+
+
+class ConnectionInfo(NamedTuple):
+    """A snapshot of a connection, see TcpOps.connection.
+
+    Times are in seconds; deadline is a time of the loop's clock (that of
+    time.monotonic unless another one was given), None if there is none.
+    """
+
+    conid: int
+    proto: str
+    si: str                 #: the peer's address and port
+    sp: int
+    Ri: str                 #: our address and port
+    Rp: int
+    framing: str
+    state: State
+    age: float              #: since the conid was handed out
+    idle: float             #: since the last byte in either direction
+    lifetime: float
+    deadline: Optional[float]       #: when something of it comes up next
+    keepalive: Optional[Keepalive]  #: as the kernel has it, None if off
+    bytes_in: int
+    bytes_out: int
+
+# ---------------------------------------------------------------------------
+# 9. The table of connections
+# ---------------------------------------------------------------------------
+
+
+class Table:
+    """The connections by conid and by the peer's address.
+
+    Conids count up and are never used twice.  A connection that has ended
+    stays until its event has been told: in the handler its state is known.
+    """
+
+    def __init__(self):
+        self._conids = itertools.count(1)
+        self._by_conid = {}
+        self._by_peer = {}  # (host, port): the youngest; it knows the older
+
+    def __len__(self):
+        return len(self._by_conid)
+
+    def __iter__(self):
+        return iter(list(self._by_conid.values()))
+
+    def new_conid(self):
+        """Return a conid that has never been used."""
+        return next(self._conids)
+
+    def add(self, conn):
+        """Make a connection known by its conid."""
+        self._by_conid[conn.conid] = conn
+
+    def get(self, conid):
+        """Return the connection of a conid, or None."""
+        return self._by_conid.get(conid)
+
+    def remove(self, conn):
+        """Forget a connection, for ever."""
+        del self._by_conid[conn.conid]
+
+    def add_peer(self, conn):
+        """Make a connection known by its peer's address, the youngest first.
+
+        Two connections may share one: from the same port of the same host to
+        two of our addresses.
+        """
+        key = conn.peer[:2]
+        conn.older = self._by_peer.get(key)
+        self._by_peer[key] = conn
+
+    def remove_peer(self, conn):
+        """Undo add_peer."""
+        key = conn.peer[:2]
+        head = self._by_peer[key]
+        if head is not conn:
+            while head.older is not conn:
+                head = head.older
+            head.older = conn.older
+        elif conn.older:
+            self._by_peer[key] = conn.older
+        else:
+            del self._by_peer[key]
+        conn.older = None
+
+    def find_peer(self, host, port):
+        """Return the youngest connection with a peer, or None."""
+        return self._by_peer.get((host, port))
+
+# ---------------------------------------------------------------------------
+# 10. Routes
+# ---------------------------------------------------------------------------
+
+
+def _handler(handler):
+    """Catch @ops.request_route() and its like where they are written."""
+    if not callable(handler):
+        raise TypeError(f"a route is a function, not {reprlib.repr(handler)}")
+    return handler
+
+
+class Routes:
+    """Which handler is called for what; the decorators that say so.
+
+    Each decorator returns the function unchanged.  One handler for each
+    route, as in the script language: a second one takes the first's place.
+    """
+
+    def __init__(self, closed_event, event_callback):
+        self._request = self._onreply = None
+        self._events = {}
+        self.closed_event = closed_event
+        self.event_callback = event_callback
+
+    @property
+    def closed_event(self):
+        """Whose end is told: 0 nobody's, 1 every connection's, 2 that of the
+        connections for which tcp_enable_closed_event was called.  Spec: 2.1.
+        """
+        return self._closed_event
+
+    @closed_event.setter
+    def closed_event(self, mode):
+        self._closed_event = _number(mode, "closed_event", 0, 2, whole=True)
+
+    @property
+    def event_callback(self):
+        """Called with the event's name, instead of any event route, if set.
+
+        The event itself is TcpOps.event then.
+        """
+        return self._event_callback
+
+    @event_callback.setter
+    def event_callback(self, callback):
+        if callback is not None and not callable(callback):
+            raise ValueError("event_callback must be callable or None,"
+                             f" not {reprlib.repr(callback)}")
+        self._event_callback = callback
+
+    def modparam(self, module, name, value):
+        """Set a parameter as the script language does.  Spec: 2.
+
+        The module is "tcpops", the parameters are closed_event and
+        event_callback.  Raises ValueError for any other, and a wrong value.
+        """
+        if module != "tcpops" or name not in ("closed_event",
+                                              "event_callback"):
+            raise ValueError(
+                'modparam knows "tcpops" with "closed_event" and'
+                f' "event_callback", not {module!r} with {name!r}')
+        setattr(self, name, value)
+
+    def request_route(self, handler):
+        """Decorator: call handler(msg) for each message received."""
+        self._request = _handler(handler)
+        return handler
+
+    def onreply_route(self, handler):
+        """Decorator: call handler(msg) for each message that is an answer.
+
+        See Message.is_reply.  Without such a handler request_route's gets
+        them too.
+        """
+        self._onreply = _handler(handler)
+        return handler
+
+    def event_route(self, name):
+        """Decorator: call handler(event) for each event of that name.
+
+        An end without a handler of its own goes to "tcp:closed".  Raises
+        ValueError for a name that is not in EVENT_NAMES.  Spec: 4.
+        """
+        if name not in EVENT_NAMES:
+            raise ValueError(f"an event is one of {', '.join(EVENT_NAMES)},"
+                             f" not {reprlib.repr(name)}")
+
+        def register(handler):
+            self._events[name] = _handler(handler)
+            return handler
+        return register
+
+    def message_handler(self, msg):
+        """Return what is to be called with a message, or None."""
+        if self._onreply is not None and msg.is_reply:
+            return self._onreply
+        return self._request
+
+    def event_handler(self, event):
+        """Return what is to be called with an event, or None."""
+        callback = self._event_callback
+        if callback is not None:
+            return lambda event: callback(event.name)
+        handler = self._events.get(event.name)
+        if handler is None and event.reason is not None:
+            handler = self._events.get("tcp:closed")
+        return handler
+
+# ---------------------------------------------------------------------------
+# 11. The loop
+#
+# One turn: wait, input and output, calls from outside, deadlines, dead
+# sockets, events.  In that order, so that what has arrived is seen before a
+# deadline says that nothing has.
+#
+# Three rules:
+#
+# - _end is the one way out.  It unregisters, closes, forgets and queues the
+#   one event; every path leads there, and a second call changes nothing.
+# - A handler is never called from inside another.  What ends meanwhile queues
+#   its event; it is told when the handler has returned.
+# - The selector's key carries the connection, never a descriptor's number:
+#   within one batch a handler may close a connection and its number may be
+#   used again.  An ended connection ignores what the batch still holds for
+#   it.
+# ---------------------------------------------------------------------------
+
+_READ, _WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
+#: A peer that closed must not kill us with SIGPIPE, even where a host program
+#: has undone Python's choice to ignore it.
+_NOSIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)
+
+#: Bytes asked of one recv(): one turn of one connection.
+_RECV_SIZE = 65536
+#: In one turn: messages of one connection beyond its recv(), accepts of one
+#: listener, deadlines.  So that none of them keeps the others waiting.
+_BATCH = 256
+#: Seconds of one wait; epoll counts its milliseconds in 31 bits.
+_LONGEST_WAIT = 86400
+#: Seconds after which a listener that met a full table tries again, should
+#: no end of a connection wake it before.
+_REST = 0.1
+#: Descriptors left for the host program where max_connections is not given.
+_RESERVE = 32
+#: accept() errors that say "not now": listeners rest.
+_FULL = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+#: accept() errors of the listener itself; all others are one peer's.
+_BROKEN = (errno.EBADF, errno.ENOTSOCK, errno.EINVAL, errno.EOPNOTSUPP)
+_IN_PROGRESS = (0, errno.EINPROGRESS, errno.EWOULDBLOCK)
+_AGAIN = (BlockingIOError, InterruptedError)
+#: send() errors that say "not now": what is to be sent is queued.
+_NOT_NOW = (errno.EAGAIN, errno.EWOULDBLOCK, errno.EINTR, errno.ENOBUFS,
+            errno.ENOMEM)
+_LINGER_RESET = struct.pack("ii", 1, 0)
+
+
+def _descriptor_limit():
+    """Return how many connections the process may open, less a reserve."""
+    try:
+        import resource
+    except ImportError:  # pragma: no cover (Windows has no such limit)
+        return NEVER
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return NEVER if soft == resource.RLIM_INFINITY else max(
+        1, soft - _RESERVE)
+
+
+def _ignore(_conn, _mask):
+    """What a dead or ended connection does when it is selected: nothing."""
+
+
+class Loop(Routes):
+    """Moves bytes, messages, deadlines and events.  See TcpOps."""
+
+    def __init__(self, *, closed_event=1, event_callback=None,
+                 connection_lifetime=120, connect_timeout=10, send_timeout=10,
+                 message_timeout=20, max_connections=None, max_message=65536,
+                 max_write_buffer=1048576, clock=time.monotonic):
+        super().__init__(closed_event, event_callback)
+        self.connection_lifetime = connection_lifetime
+        for name, value in (("connect_timeout", connect_timeout),
+                            ("send_timeout", send_timeout),
+                            ("message_timeout", message_timeout)):
+            setattr(self, "_" + name,
+                    _number(value, name, 0.001, _MAX_SECONDS))
+        for name, value in (("max_message", max_message),
+                            ("max_write_buffer", max_write_buffer)):
+            setattr(self, "_" + name,
+                    _number(value, name, 1, sys.maxsize, whole=True))
+        if max_connections is None:
+            self._max_connections = _descriptor_limit()
+        else:
+            self._max_connections = _number(
+                max_connections, "max_connections", 1, sys.maxsize,
+                whole=True)
+        if not callable(clock):
+            raise ValueError(f"clock must be callable, not {clock!r}")
+        self._clock = clock
+        self._start()
+
+    def _start(self):
+        """Set up the state; settings are checked by now."""
+        self._recv_size = min(_RECV_SIZE, self._max_message)
+        self._table = Table()
+        self._deadlines = Deadlines()
+        self._waiting = collections.deque()     # see Connection.waiting
+        self._doomed = collections.deque()  # connections with a dead socket
+        self._events_due = collections.deque()  # of (connection, Event)
+        self._calls = collections.deque()   # of (function, arguments)
+        self._live = 0          # connections with a socket
+        self._opened = 0        # conids given to connections, see stats
+        self._ended = dict.fromkeys(REASONS, 0)
+        self._bytes_in = self._bytes_out = 0    # of the ended ones
+        self._refused = 0
+        self._resting = []      # listeners that met a full table
+        self._complain_at = -NEVER
+        self._current = None    # the connection of the handler that runs
+        self._event = None      # the event of the handler that runs
+        self._otcpid = None     # the current message's outbound conid,
+        self._use_otcpid = False    # and whether forward heeds it
+        self._turning = self._stopping = False
+        self._draining = self._closing = False
+        self._embedded = False  # fileno() was asked for: see _nudge
+        self._handle = {        # what a connection does when it is selected
+            Phase.LISTENING: self._accept,
+            Phase.CONNECTING: self._connect_done,
+            Phase.OPENING: self._serve,
+            Phase.OPEN: self._serve,
+            Phase.DOOMED: _ignore,
+            Phase.CLOSING: self._flush,
+            Phase.ENDED: _ignore,
+        }
+        self._selector = selectors.DefaultSelector()
+        self._select = self._selector.select
+        # stop() and call_soon() interrupt a wait by writing to this pair.
+        self._waker, self._woken = socket.socketpair()
+        for sock in (self._waker, self._woken):
+            sock.setblocking(False)
+        self._selector.register(self._woken, _READ,
+                                types.SimpleNamespace(ready=self._drain_waker))
+
+    # -- for the host program: settings and questions ---------------------
+
+    @property
+    def connection_lifetime(self):
+        """Seconds of idleness that a new connection is allowed."""
+        return self._lifetime
+
+    @connection_lifetime.setter
+    def connection_lifetime(self, lifetime):
+        self._lifetime = _number(lifetime, "connection_lifetime", 0,
+                                 _MAX_SECONDS)
+
+    @property
+    def conid(self):
+        """The conid of the current message or event; None outside."""
+        return None if self._current is None else self._current.conid
+
+    @property
+    def event(self):
+        """The current event, for event_callback; None outside."""
+        return self._event
+
+    def connection(self, conid):
+        """Return a ConnectionInfo of a connection or listener, or None."""
+        conn = self._table.get(conid) if type(conid) is int else None
+        if conn is None or conn.phase is Phase.ENDED:
+            return None
+        now = self._clock()
+        due = conn.due()
+        return ConnectionInfo(
+            conn.conid, conn.proto, *conn.peer[:2], *conn.local[:2],
+            conn.framing[0], self._state(conn), now - conn.since,
+            max(0.0, now - conn.active), conn.lifetime,
+            None if due == NEVER else due, self._kernel_keepalive(conn),
+            conn.bytes_in, conn.bytes_out)
+
+    def connections(self):
+        """Return a list of the ConnectionInfo of every connection."""
+        return [self.connection(conn.conid) for conn in self._table
+                if conn.phase not in (Phase.LISTENING, Phase.ENDED)]
+
+    def listeners(self):
+        """Return a list of the ConnectionInfo of every listener."""
+        return [self.connection(conn.conid) for conn in self._table
+                if conn.phase is Phase.LISTENING]
+
+    def stats(self):
+        """Return counts since the start, as a dict.
+
+        opened (connections; each ends once), ended ({reason: count}),
+        accepts_refused (how often a listener had to rest because descriptors
+        or max_connections ran out), bytes_in and bytes_out.
+        """
+        live = [conn for conn in self._table if conn.phase is not Phase.ENDED]
+        return {
+            "opened": self._opened,
+            "ended": dict(self._ended),
+            "accepts_refused": self._refused,
+            "bytes_in": self._bytes_in + sum(c.bytes_in for c in live),
+            "bytes_out": self._bytes_out + sum(c.bytes_out for c in live),
+        }
+
+    # -- for the host program: connections --------------------------------
+
+    def listen(self, host, port, *, framing="raw", backlog=socket.SOMAXCONN,
+               reuse_port=False):
+        """Accept connections; return the listener's conid.
+
+        host is an address or a name ("" for every IPv4 address), port 0 lets
+        the system choose: connection(conid).Rp says what it chose.  "::" is
+        every IPv6 address and no IPv4 one.  Raises OSError.
+        """
+        framing = _framing(framing)
+        self._check_running()
+        family, address = _resolve(host or "0.0.0.0", port, passive=True)[0]
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            if os.name == "posix":
+                # Windows has another meaning for it: any program could
+                # take our port.
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if reuse_port:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            if family == socket.AF_INET6:
+                # The same on every system, and 0.0.0.0 may be had beside it.
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            sock.setblocking(False)
+            sock.bind(address)
+            sock.listen(backlog)
+            local = sock.getsockname()
+        except BaseException:
+            sock.close()
+            raise
+        conn = self._begin(sock, Phase.LISTENING, "listen", framing,
+                           local=local)
+        self._watch(conn, _READ)
+        if conn.cause is not None:  # the selector has no room for it
+            raise OSError(conn.cause.errno, conn.cause.detail)
+        return conn.conid
+
+    def connect(self, host, port, *, framing="raw"):
+        """Start to connect; return the conid.
+
+        What becomes of it is told by an event: tcp:opened, or an end.  What
+        is sent meanwhile is queued.  A name is looked up at once, which may
+        block, and its addresses are tried in turn, all within
+        connect_timeout.  Raises OSError (no such name, no descriptor).
+        """
+        framing = _framing(framing)
+        self._check_room()
+        layer = self._layer(framing, client=True)
+        (family, address), *candidates = _resolve(host, port)
+        conn = self._begin(self._new_socket(family), Phase.CONNECTING,
+                           "connect", framing, layer, address)
+        conn.candidates = candidates
+        conn.work_due = conn.since + self._connect_timeout
+        self._arm(conn)
+        self._try_address(conn, address)
+        return conn.conid
+
+    def attach(self, sock, *, framing="raw"):
+        """Adopt a connected TCP socket; return its conid.
+
+        The socket belongs to the loop from then on: do not close it.  Raises
+        ValueError for any other kind of socket, OSError if not connected.
+        """
+        framing = _framing(framing)
+        self._check_room()
+        ssl = sys.modules.get("ssl")  # not loaded: then it is not one
+        if (not isinstance(sock, socket.socket)
+                or ssl and isinstance(sock, ssl.SSLSocket)
+                or sock.type != socket.SOCK_STREAM
+                or sock.family not in (socket.AF_INET, socket.AF_INET6)):
+            raise ValueError("attach takes a plain TCP socket,"
+                             f" not {reprlib.repr(sock)}")
+        peer, local = sock.getpeername(), sock.getsockname()
+        layer = self._layer(framing, client=False)
+        sock.setblocking(False)
+        conn = self._begin(sock, Phase.OPENING, "attach", framing, layer,
+                           peer, local)
+        self._greet(conn)
+        return conn.conid
+
+    # -- for the host program: running ------------------------------------
+
+    def run(self):
+        """Run until stop() or close() is called.
+
+        Raises RuntimeError inside a handler and after close().
+        """
+        self._check_outside()
+        try:
+            while not self._stopping and not self._closing:
+                self.step()
+        finally:
+            self._stopping = False
+
+    def step(self, timeout=None):
+        """Wait until something happens, and handle it.
+
+        Waits for timeout seconds at the most, None for as long as it takes.
+        Returns how many things were handled, 0 if time ran out.  Raises
+        RuntimeError inside a handler and after close().
+        """
+        self._check_outside()
+        if timeout is not None:
+            timeout = _number(timeout, "timeout", 0, NEVER)
+        self._turning = True
+        try:
+            while True:
+                wait = self._patience(timeout)
+                handled = self._turn(wait)
+                if handled or self._stopping:
+                    return handled
+                if timeout is not None:
+                    # The wait was cut short by a deadline that had been put
+                    # off meanwhile: the caller's time goes on.
+                    timeout -= wait
+                    if timeout <= 0:
+                        return 0
+        finally:
+            self._turning = False
+            if self._closing:
+                self._release()
+
+    def stop(self):
+        """Make run() return after this turn.
+
+        Safe from a signal handler and from any thread.  Called before run(),
+        it makes that return at once.
+        """
+        self._stopping = True
+        self._wake()
+
+    def call_soon(self, function, *args):
+        """Call function(*args) in the loop's next turn; safe from any thread.
+
+        Raises RuntimeError after close().
+        """
+        self._check_running()
+        self._calls.append((function, args))
+        self._wake()
+
+    def drain(self, timeout):
+        """Stop accepting, send what is queued, and end every connection.
+
+        Returns when all have ended, after timeout seconds (of real time) at
+        the latest.  Their reason is "shutdown".
+        """
+        timeout = _number(timeout, "timeout", 0, _MAX_SECONDS)
+        self._check_outside()
+        deadline = time.monotonic() + timeout
+        self._draining = True
+        try:
+            for conn in self._table:
+                if conn.phase is not Phase.DOOMED:
+                    self._finish(conn, Cause("shutdown", None, "drained"))
+            while self._live and time.monotonic() < deadline:
+                self.step(max(0, deadline - time.monotonic()))
+            for conn in self._table:
+                self._end(conn)
+            while self._events_due:
+                self.step(0)
+        finally:
+            self._draining = False
+
+    def close(self):
+        """End every connection at once, tell the events, free everything.
+
+        From inside a handler: when that has returned.  A second call does
+        nothing.
+        """
+        if self._closing:
+            return
+        self._closing = True
+        for conn in self._table:
+            self._end(conn, Cause("shutdown", None, "the loop was closed"))
+        if not self._turning:
+            self._release()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def fileno(self):
+        """Return a descriptor that is readable when step(0) has work to do.
+
+        With next_deadline() it lets any other event loop drive this one.
+        Raises OSError where the system's selector has none (Windows).
+        """
+        self._check_running()
+        if not hasattr(self._selector, "fileno"):  # pragma: no cover (Windows)
+            raise OSError(errno.ENOTSUP, "this selector has no descriptor")
+        self._embedded = True
+        return self._selector.fileno()
+
+    def next_deadline(self):
+        """Return the time of the clock at which step(0) is due, or None.
+
+        fileno() turns readable when it has become earlier.
+        """
+        if self._has_work():
+            return self._clock()
+        due = self._deadlines.next()
+        return None if due == NEVER else due
+
+    # -- one turn ---------------------------------------------------------
+
+    def _check_running(self):
+        if self._closing:
+            raise RuntimeError("this TcpOps is closed")
+
+    def _check_outside(self):
+        self._check_running()
+        if self._turning:
+            raise RuntimeError("run(), step() and drain() cannot be called"
+                               " from inside a handler")
+
+    def _has_work(self):
+        """Whether the next turn has something to do without any wait."""
+        return bool(self._events_due or self._waiting or self._doomed
+                    or self._calls)
+
+    def _patience(self, timeout):
+        """Return how long the next wait may take, None for ever."""
+        if self._has_work():
+            return 0
+        due = self._deadlines.next()
+        if due == NEVER:
+            wait = timeout
+        elif timeout is None:
+            wait = due - self._clock()
+        else:
+            wait = min(timeout, due - self._clock())
+        return None if wait is None else min(max(wait, 0), _LONGEST_WAIT)
+
+    def _turn(self, wait):
+        """Wait, then handle what there is; return how many things that was."""
+        # Wait.  Selectors round the time up: never early, never spinning.
+        ready = self._select(wait)
+        handled = len(ready)
+        # Input and output.
+        for key, mask in ready:
+            conn = key.data
+            conn.ready(conn, mask)
+            if self._events_due:
+                self._tell()
+        # Messages that were left when their connection's share was used up.
+        # Each phase takes what it finds, not what it adds: a handler that
+        # makes new work for itself does not keep the others waiting.
+        for _ in range(len(self._waiting)):
+            conn = self._waiting.popleft()
+            conn.waiting = False
+            self._deliver(conn)
+            self._rewatch(conn)
+            handled += 1
+        # Calls from outside.
+        for _ in range(len(self._calls)):
+            self._run_call(*self._calls.popleft())
+            handled += 1
+        # Deadlines.
+        handled += self._expire()
+        # Dead sockets.  The connection leaves the queue last: a Ctrl-C in a
+        # handler must not make it immortal.
+        for _ in range(len(self._doomed)):
+            self._bury(self._doomed[0])
+            self._doomed.popleft()
+            handled += 1
+        # Events.
+        return handled + self._tell()
+
+    def _wake(self):
+        """Interrupt a wait; safe from a signal handler and any thread."""
+        # Full: a wake-up is on its way.  Closed: nobody waits.
+        with contextlib.suppress(BlockingIOError, OSError):
+            self._waker.send(b"\0", _NOSIGNAL)
+
+    def _nudge(self):
+        """Tell whoever drives the loop by fileno() that it has new work."""
+        if self._embedded and not self._turning:
+            self._wake()
+
+    def _drain_waker(self, _conn, _mask):
+        with contextlib.suppress(BlockingIOError):
+            self._woken.recv(4096)
+
+    def _run_call(self, function, arguments):
+        try:
+            function(*arguments)
+        except Exception:
+            log.exception("call_soon: %r raised", function)
+
+    def _release(self):
+        """Tell the last events and give the descriptors back."""
+        try:
+            self._turning = True  # a handler may not start another turn
+            while self._events_due:
+                self._tell()
+        finally:
+            self._turning = False
+            self._selector.close()
+            self._waker.close()
+            self._woken.close()
+
+    # -- handlers and events ----------------------------------------------
+
+    def _call(self, conn, handler, argument):
+        """Call a handler; what it raises is logged and changes nothing."""
+        self._current = conn
+        try:
+            handler(argument)
+        except Exception:
+            log.exception("conid %d: %s raised", conn.conid,
+                          getattr(handler, "__qualname__", handler))
+        finally:
+            self._current = None
+
+    def _message(self, conn, payload):
+        """Hand one message to its route."""
+        msg = conn.message(self, conn, payload)
+        handler = self.message_handler(msg)
+        if handler is not None:
+            self._otcpid, self._use_otcpid = None, False
+            self._call(conn, handler, msg)
+
+    def _queue_event(self, conn, name, cause):
+        """Note an event; it is told when no handler runs."""
+        self._events_due.append((conn, Event(
+            conn.conid, name, *cause, conn.proto, *conn.peer[:2],
+            *conn.local[:2], self._clock() - conn.since, conn.bytes_in,
+            conn.bytes_out)))
+        self._nudge()
+
+    def _tell(self):
+        """Call the routes of the events that are due; return how many."""
+        count = len(self._events_due)
+        for _ in range(count):
+            conn, event = self._events_due.popleft()
+            self._event = event
+            try:
+                handler = self.event_handler(event)
+                if handler is not None:
+                    self._call(conn, handler, event)
+            finally:
+                self._event = None
+                if event.reason is not None:
+                    self._table.remove(conn)
+        return count
+
+    # -- the life of a connection -----------------------------------------
+
+    def _enter(self, conn, phase):
+        """Change a connection's phase."""
+        if conn.phase in _LIVE and phase not in _LIVE:
+            self._table.remove_peer(conn)
+        conn.phase = phase
+        conn.ready = self._handle[phase]
+
+    def _arm(self, conn):
+        """Bring the heap up to date after a deadline may have come nearer."""
+        due = conn.due()
+        if due < conn.wake:
+            if self._embedded and due < self._deadlines.next():
+                self._nudge()
+            self._deadlines.arm(conn, due)
+
+    def _layer(self, framing, client):
+        """Return a framing's instance for one connection, None for raw."""
+        factory = framing[1]
+        return factory and factory(self._max_message, client)
+
+    def _begin(self, sock, phase, origin, framing, layer=None, peer=("", 0),
+               local=("", 0)):
+        """Give a conid to a socket; return the connection."""
+        conn = Connection(self._table.new_conid(), origin, framing,
+                          self._lifetime, self._clock())
+        if layer is not None:
+            conn.layer, conn.message = layer, layer.message
+        conn.bind(sock, peer, local)
+        self._table.add(conn)
+        if phase is not Phase.LISTENING:
+            self._live += 1
+            self._opened += 1
+            self._table.add_peer(conn)
+        self._enter(conn, phase)
+        return conn
+
+    def _greet(self, conn):
+        """A connection stands: let its framing begin, or it is open."""
+        self._enter(conn, Phase.OPENING)
+        if conn.layer is None or conn.layer.opened:
+            self._open(conn)
+        else:
+            conn.work_due = self._clock() + self._message_timeout
+            self._arm(conn)
+        if conn.layer is not None:
+            self._speak(conn)
+        self._rewatch(conn)
+
+    def _open(self, conn):
+        """A connection has become usable."""
+        log.debug("= conid %d open, %s", conn.conid,
+                  _format_address(conn.peer))
+        self._enter(conn, Phase.OPEN)
+        conn.work_due = NEVER
+        conn.active = self._clock()
+        self._arm(conn)
+        self._queue_event(conn, "tcp:opened", (None, None, ""))
+
+    def _finish(self, conn, cause):
+        """End a connection as soon as what is queued has been sent."""
+        if conn.phase not in (Phase.OPENING, Phase.OPEN) or not conn.out:
+            self._end(conn, cause)
+            return
+        conn.cause = conn.cause or cause
+        self._enter(conn, Phase.CLOSING)
+        self._rewatch(conn)
+
+    def _doom(self, conn, cause):
+        """A socket is dead: its connection ends in this turn or the next.
+
+        Not at once, since a handler may be running and since what the socket
+        still holds is delivered first.  Nor by waiting for the kernel, since
+        the error that it would tell has been consumed.
+        """
+        conn.cause = conn.cause or cause
+        if conn.phase not in _LIVE:
+            self._end(conn)
+            return
+        self._enter(conn, Phase.DOOMED)
+        conn.out = None
+        self._watch(conn, 0)
+        self._doomed.append(conn)
+        self._nudge()
+
+    def _bury(self, conn):
+        """Deliver what a dead socket still holds, then end the connection."""
+        while conn.phase is Phase.DOOMED:
+            try:
+                data = conn.recv(self._recv_size)
+            except OSError:
+                break
+            if not data:
+                break
+            self._receive(conn, data)
+        if conn.cause.reason == "eof" and conn.phase is Phase.DOOMED:
+            self._end_of_stream(conn)
+        self._end(conn)
+
+    def _end(self, conn, cause=None):
+        """End a connection or a listener: the one way out."""
+        if conn.phase is Phase.ENDED:
+            return
+        listening = conn.phase is Phase.LISTENING
+        conn.cause = conn.cause or cause
+        self._enter(conn, Phase.ENDED)
+        self._deadlines.disarm(conn)
+        self._watch(conn, 0)
+        self._close_socket(conn)
+        conn.out = conn.layer = None
+        log.debug("= conid %d %s: %s", conn.conid, *conn.cause[::2])
+        if listening:
+            self._table.remove(conn)
+            return
+        self._live -= 1
+        self._bytes_in += conn.bytes_in
+        self._bytes_out += conn.bytes_out
+        self._ended[conn.cause.reason] += 1
+        if self._closed_event == 1 or (self._closed_event == 2
+                                       and conn.wants_event):
+            self._queue_event(conn, REASONS[conn.cause.reason], conn.cause)
+        else:
+            self._table.remove(conn)
+        if self._resting:
+            self._resume()
+
+    def _close_socket(self, conn):
+        """Close a connection's socket so that the peer learns the truth."""
+        with contextlib.suppress(OSError):
+            if conn.out:
+                # The stream is cut short: RST, for a FIN would say that it
+                # is complete, and no orphan that the kernel goes on serving.
+                conn.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
+                                     _LINGER_RESET)
+            elif conn.bytes_out and conn.cause.errno is None:
+                # Unread bytes would turn the FIN into an RST, which destroys
+                # what the peer has not read yet of ours.
+                for _ in range(_BATCH):
+                    if not conn.recv(_RECV_SIZE):
+                        break
+        with contextlib.suppress(OSError):
+            conn.sock.close()
+
+    # -- input and output -------------------------------------------------
+
+    def _watch(self, conn, events):
+        """Have the selector look for these events, 0 for none."""
+        before, conn.events = conn.events, events
+        if before == events:
+            return
+        try:
+            if not events:
+                self._selector.unregister(conn.sock)
+            elif before:
+                self._selector.modify(conn.sock, events, conn)
+            else:
+                self._register(conn)
+        except (KeyError, ValueError, OSError) as error:
+            # Closed behind our back, or the system has no room for it.
+            conn.events = 0
+            self._doom(conn, Cause.of_errno(
+                getattr(error, "errno", None) or errno.EBADF))
+
+    def _register(self, conn):
+        """Register a connection with the selector."""
+        number = conn.sock.fileno()
+        if number in self._selector.get_map():
+            # The number belonged to a socket that was closed behind our back;
+            # the kernel has forgotten that one, the selector has not.  It
+            # must not close the number once more, for it is ours now.
+            stale = self._selector.get_key(number).data
+            self._selector.unregister(number)
+            stale.events = 0
+            if stale.sock.fileno() == number:
+                stale.sock.detach()
+            self._doom(stale, Cause.of_errno(errno.EBADF))
+        self._selector.register(conn.sock, conn.events, conn)
+
+    def _rewatch(self, conn):
+        """Have the selector look for what the connection's state allows."""
+        events = _WRITE if conn.out else 0
+        if (conn.phase in (Phase.OPENING, Phase.OPEN) and not conn.waiting
+                and not self._over(conn)):
+            events |= _READ
+        self._watch(conn, events)
+
+    def _over(self, conn):
+        """Whether a connection may queue, and so should read, nothing more."""
+        return (conn.out is not None
+                and len(conn.out) >= self._max_write_buffer)
+
+    def _serve(self, conn, mask):
+        """Do what an open connection was selected for."""
+        if mask & _WRITE and conn.out:
+            self._flush(conn)
+        # Asked again: the batch is older than what handlers did meanwhile.
+        if mask & _READ and conn.events & _READ:
+            self._read(conn)
+
+    def _read(self, conn):
+        """Receive once.  What is left is selected again, after the others."""
+        try:
+            data = conn.recv(self._recv_size)
+        except _AGAIN:
+            return
+        except OSError as error:
+            self._end(conn, Cause.of_errno(error.errno))
+            return
+        if data:
+            self._receive(conn, data)
+        else:
+            self._end_of_stream(conn)
+
+    def _receive(self, conn, data):
+        """Take what came from the peer."""
+        conn.bytes_in += len(data)
+        conn.active = self._clock()
+        if conn.layer is None:
+            self._message(conn, data)
+        else:
+            self._deliver(conn, data)
+
+    def _end_of_stream(self, conn):
+        """The peer has sent FIN: all before it has been delivered."""
+        payload = None
+        if conn.layer is not None:
+            try:
+                payload = conn.layer.finish()
+            except Exception as error:
+                self._framing_failed(conn, error)
+        if payload is not None:
+            self._message(conn, payload)
+        self._finish(conn, Cause("eof", None, "FIN from the peer"))
+
+    def _deliver(self, conn, data=b""):
+        """Hand over the messages that a framing holds, up to a turn's share.
+
+        data is what has been received just now.  Stops where a handler has
+        closed the connection or has queued more than it may; _flush comes
+        back when the queue is shorter.
+        """
+        layer = conn.layer
+        complete = False
+        try:
+            if data:
+                layer.receive(data)
+            for count in itertools.count():
+                if conn.phase not in _RECEIVING or self._over(conn):
+                    break
+                if count == _BATCH and conn.phase is not Phase.DOOMED:
+                    self._postpone(conn)
+                    break
+                payload = layer.next_message()
+                self._speak(conn)
+                if conn.phase is Phase.OPENING and layer.opened:
+                    self._open(conn)
+                    self._tell()
+                if payload is None:
+                    self._time_message(conn, complete)
+                    break
+                complete = True
+                self._message(conn, payload)
+        except Exception as error:
+            self._framing_failed(conn, error)
+        except BaseException:
+            self._postpone(conn)  # Ctrl-C in a handler loses no message
+            raise
+
+    def _framing_failed(self, conn, error):
+        """End a connection whose framing cannot go on."""
+        detail = str(error)
+        if not isinstance(error, ProtocolError):
+            log.error("conid %d: framing %s raised", conn.conid,
+                      conn.framing[0], exc_info=error)
+            detail = f"the framing raised {error!r}"
+        self._speak(conn)
+        self._finish(conn, Cause("protocol", None, detail))
+
+    def _time_message(self, conn, complete):
+        """Start, go on with or stop the time that a message may take."""
+        if conn.phase is not Phase.OPEN:
+            return
+        if not conn.layer.partial:
+            conn.work_due = NEVER
+        elif complete or conn.work_due == NEVER:
+            conn.work_due = conn.active + self._message_timeout
+            self._arm(conn)
+
+    def _postpone(self, conn):
+        """Leave the rest of a connection's messages to the next turn."""
+        if conn.phase in _RECEIVING and not conn.waiting:
+            conn.waiting = True
+            self._waiting.append(conn)
+            self._rewatch(conn)
+
+    def _speak(self, conn):
+        """Send what a framing has to say by itself."""
+        layer = conn.layer
+        if layer is not None and layer.output:
+            data = bytes(layer.output)
+            layer.output.clear()
+            self._write(conn, data)
+
+    def _send_on(self, conn, payload):
+        """Send a payload on a connection; return a Result.  See send."""
+        if type(payload) is not bytes:
+            payload = _payload(payload)
+        if conn.phase not in _LIVE or self._over(conn):
+            log.debug("conid %d takes nothing to send", conn.conid)
+            return Result.FAILURE
+        if conn.layer is not None:
+            payload = conn.layer.encode(payload)
+        return (Result.SUCCESS if self._write(conn, payload)
+                else Result.FAILURE)
+
+    def _write(self, conn, data):
+        """Send bytes, queue what the kernel does not take.
+
+        Returns whether the connection still stands.
+        """
+        sent = 0
+        if conn.out is None and conn.phase is not Phase.CONNECTING and data:
+            try:
+                sent = conn.send(data, _NOSIGNAL)
+            except OSError as error:
+                if error.errno not in _NOT_NOW:
+                    self._doom(conn, Cause.of_errno(error.errno))
+                    return False
+            else:
+                conn.bytes_out += sent
+                conn.active = self._clock()
+        if sent < len(data):
+            self._queue(conn, data, sent)
+        return True
+
+    def _queue(self, conn, data, sent):
+        """Queue what the kernel has not taken of data."""
+        if conn.out is not None:
+            conn.out += data
+        else:
+            conn.out = bytearray(memoryview(data)[sent:])
+        if conn.phase is not Phase.CONNECTING:
+            if conn.send_due == NEVER:
+                conn.send_due = self._clock() + self._send_timeout
+                self._arm(conn)
+            self._rewatch(conn)
+
+    def _flush(self, conn, _mask=None):
+        """Send what is queued, as much as the kernel takes."""
+        try:
+            sent = conn.send(conn.out, _NOSIGNAL)
+        except OSError as error:
+            if error.errno not in _NOT_NOW:
+                self._doom(conn, Cause.of_errno(error.errno))
+                return
+            sent = 0
+        was_over = self._over(conn)
+        del conn.out[:sent]
+        conn.bytes_out += sent
+        if sent or conn.send_due == NEVER:
+            conn.active = self._clock()
+            conn.send_due = conn.active + self._send_timeout
+            self._arm(conn)
+        if not conn.out:
+            conn.out = None
+            conn.send_due = NEVER
+            if conn.phase is Phase.CLOSING:
+                self._end(conn)
+                return
+        if was_over and not self._over(conn) and conn.layer is not None:
+            # What the framing still holds goes first; the time that the peer
+            # could not use does not count.
+            if conn.phase is Phase.OPEN:
+                conn.work_due = NEVER
+            self._postpone(conn)
+        self._rewatch(conn)
+
+    # -- listeners and connect() ------------------------------------------
+
+    def _check_room(self):
+        """Raise what connect and attach raise where there is no room."""
+        self._check_running()
+        if self._draining:
+            raise RuntimeError("this TcpOps is being drained")
+        if self._live >= self._max_connections:
+            raise OSError(errno.EMFILE, "max_connections reached")
+
+    def _accept(self, listener, _mask):
+        """Accept what waits at a listener, a turn's share at the most."""
+        for _ in range(_BATCH):
+            if self._live >= self._max_connections:
+                self._rest(listener, "max_connections reached")
+                return
+            try:
+                sock, peer = listener.sock.accept()
+            except _AGAIN:
+                return
+            except OSError as error:
+                if error.errno in _FULL:
+                    self._rest(listener, error.strerror)
+                    return
+                if error.errno in _BROKEN:
+                    log.error("conid %d stops listening: %s", listener.conid,
+                              error.strerror)
+                    self._end(listener, Cause.of_errno(error.errno))
+                    return
+                log.debug("accept: %s", error.strerror)  # that peer's, gone
+            else:
+                self._admit(listener, sock, peer)
+
+    def _admit(self, listener, sock, peer):
+        """Make an accepted socket a connection."""
+        try:
+            layer = self._layer(listener.framing, client=False)
+            sock.setblocking(False)
+            # One address for all, where the listener has only one.
+            local = sock.getsockname()
+            if local == listener.local:
+                local = listener.local
+        except Exception:
+            log.exception("conid %d: an accepted connection is dropped",
+                          listener.conid)
+            sock.close()
+            return
+        with contextlib.suppress(OSError):  # macOS: EINVAL if reset by now
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._greet(self._begin(sock, Phase.OPENING, "accept",
+                                listener.framing, layer, peer, local))
+
+    def _rest(self, listener, why):
+        """Let a listener rest: it would be selected for ever and in vain."""
+        self._refused += 1
+        now = self._clock()
+        if now >= self._complain_at:
+            log.warning("conid %d accepts nothing for now: %s",
+                        listener.conid, why)
+            self._complain_at = now + 1
+        self._watch(listener, 0)
+        self._resting.append(listener)
+        # Descriptors may come free anywhere in the process.
+        listener.work_due = now + _REST
+        self._arm(listener)
+
+    def _resume(self):
+        """Let the listeners try again: there may be room."""
+        resting, self._resting = self._resting, []
+        for listener in resting:
+            if listener.phase is Phase.LISTENING:
+                listener.work_due = NEVER
+                self._watch(listener, _READ)
+
+    @staticmethod
+    def _new_socket(family):
+        """Return a socket to connect with."""
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        sock.setblocking(False)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return sock
+
+    def _try_address(self, conn, address):
+        """Start to connect a connection's socket to one of its addresses."""
+        number = conn.sock.connect_ex(address)
+        if number not in _IN_PROGRESS:
+            self._connect_failed(conn, number)
+            return
+        conn.local = conn.sock.getsockname()
+        self._watch(conn, _WRITE)
+
+    def _connect_failed(self, conn, number):
+        """An address has failed: try the next, or end with its error."""
+        cause = Cause.of_errno(number, connecting=True)
+        try:
+            (family, address), *rest = conn.candidates
+            sock = self._new_socket(family)
+        except (ValueError, OSError):  # none is left, or no descriptor
+            self._doom(conn, cause)
+            return
+        self._watch(conn, 0)
+        self._close_socket(conn)
+        self._table.remove_peer(conn)
+        conn.candidates = rest
+        conn.bind(sock, address, ("", 0))
+        self._table.add_peer(conn)
+        self._try_address(conn, address)
+
+    def _connect_done(self, conn, _mask):
+        """A connect() has ended, one way or the other."""
+        number = conn.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if number:
+            self._connect_failed(conn, number)
+            return
+        try:
+            conn.sock.getpeername()
+        except OSError:
+            return  # the batch speaks of an address tried before
+        conn.local = conn.sock.getsockname()
+        self._greet(conn)
+        if conn.out:
+            self._flush(conn)
+
+    # -- deadlines --------------------------------------------------------
+
+    def _expire(self):
+        """Handle the deadlines that have come up; return how many had."""
+        now = self._clock()
+        handled = 0
+        for _ in range(_BATCH):
+            conn = self._deadlines.pop(now)
+            if conn is None:
+                break
+            if conn.due() <= now:
+                self._come_due(conn, now)
+                handled += 1
+            if conn.phase is not Phase.ENDED:
+                self._deadlines.arm(conn, conn.due())
+        return handled
+
+    def _come_due(self, conn, now):
+        """The earliest of a connection's deadlines has come up."""
+        due = conn.due()
+        if conn.phase is Phase.LISTENING:
+            self._resume()
+        elif due == conn.work_due and self._over(conn):
+            conn.work_due = NEVER  # we do not read: it is not the peer's fault
+        elif due == conn.work_due and conn.phase is Phase.CONNECTING:
+            self._end(conn, Cause("connect", errno.ETIMEDOUT, "no answer in"
+                                  f" {self._connect_timeout:g} s"))
+        elif due == conn.work_due:
+            self._end(conn, Cause("message", None, "not complete after"
+                                  f" {self._message_timeout:g} s"))
+        elif due == conn.send_due:
+            self._end(conn, Cause("send", None, f"{len(conn.out)} bytes unsent"
+                                  f" after {self._send_timeout:g} s"))
+        elif due == conn.keepalive_due:
+            self._check_keepalive(conn, now)
+        else:
+            self._end(conn, Cause("lifetime", None,
+                                  f"idle for {conn.lifetime:g} s"))
+
+    def _check_keepalive(self, conn, now):
+        """Ask the kernel whether the peer has vanished.  See is_dead."""
+        keepalive = conn.keepalive
+        info = tcp_info(conn.sock)
+        if info is None:
+            conn.keepalive_due = NEVER  # the kernel's own keepalive decides
+        elif conn.phase is Phase.CONNECTING:
+            conn.keepalive_due = now + keepalive.limit
+        elif is_dead(info, keepalive.limit, conn.suspected):
+            self._end(conn, Cause("keepalive", errno.ETIMEDOUT,
+                                  f"silent for {info.silence:.1f} s"))
+        elif info.silence < keepalive.limit:
+            conn.suspected = False
+            conn.keepalive_due = now + keepalive.limit - info.silence
+        else:
+            conn.suspected = info.unanswered > 0
+            conn.keepalive_due = now + keepalive.interval
+
+    # -- states -----------------------------------------------------------
+
+    def _state(self, conn):
+        """Return a connection's State: what is latched, or else a probe."""
+        if conn.phase is Phase.LISTENING:
+            return State.ACCEPT
+        if conn.forgotten:
+            return State.NOT_FOUND
+        if conn.cause is None and conn.phase is Phase.CONNECTING:
+            self._probe_connect(conn)
+        elif conn.cause is None:
+            return self._probe(conn)
+        if conn.cause is None:
+            return State.CONNECT
+        if conn.phase is Phase.DOOMED and conn.cause.errno in _NO_SOCKET:
+            return State.BAD
+        return conn.cause.state
+
+    def _probe_connect(self, conn):
+        """Take notice of what has become of a connect()."""
+        try:
+            number = conn.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        except OSError as error:
+            number = error.errno
+        if number:
+            self._connect_failed(conn, number)
+
+    def _probe(self, conn):
+        """Probe a socket and latch what is found: probing has consumed it."""
+        state, number, waiting = _look(conn.sock)
+        if number is not None:
+            self._doom(conn, Cause.of_errno(number))
+        elif state is State.EOF:
+            conn.cause = Cause("eof", None, "FIN from the peer")
+        elif conn.phase is Phase.OPENING:
+            return (State.CONNECT if conn.origin == "connect"
+                    else State.ACCEPT)
+        elif (conn.origin == "accept" and not waiting
+              and not conn.bytes_in and not conn.bytes_out):
+            return State.ACCEPT
+        return state
+
+    def _kernel_keepalive(self, conn):
+        """Return the Keepalive that the kernel has, None where it has none."""
+        try:
+            return get_keepalive(conn.sock)
+        except OSError:
+            return None
+
+# ---------------------------------------------------------------------------
+# 12. The functions of the specification
+#
+# In the specification's order.  They never raise on what a caller passes: a
+# wrong value or a conid that is of no use is one log line and -1, and nothing
+# has been changed.  _script_function is the border; behind it, everything
+# raises.  Two of them only ask (tcp_conid_alive, tcp_conid_state), and for
+# those the answer "no such connection" is no failure and no log line.
+# ---------------------------------------------------------------------------
+
+
+def _script_function(failure):
+    """Decorator: what the function raises is a log line and this value."""
+    def decorate(function):
+        @functools.wraps(function)
+        def script_function(*args, **named):
+            try:
+                return function(*args, **named)
+            except (TypeError, ValueError, OSError) as error:
+                log.warning("%s: %s", function.__name__, error)
+                return failure
+        return script_function
+    return decorate
+
+
+class TcpOps(Loop):
+    """Every TCP connection by its number, and the loop that runs them.
+
+    Settings (keyword arguments; ValueError for a wrong one):
+
+    closed_event         whose end is told: 0 nobody's, 1 every connection's,
+                         2 where tcp_enable_closed_event was called (spec 2.1)
+    event_callback       called with the event's name instead of any route
+    connection_lifetime  seconds of idleness allowed to a new connection
+    connect_timeout      seconds for connect
+    send_timeout         seconds without progress of what is queued to send
+    message_timeout      seconds from a message's first byte to its last, and
+                         for a framing's handshake
+    max_connections      None: what the process may open, less a reserve
+    max_message          bytes
+    max_write_buffer     bytes queued, for each connection
+    clock                a function that returns seconds
+
+    Not for several threads: only stop and call_soon may be called from
+    another one.  In a child after fork(), do not touch it.
+    """
+
+    def __repr__(self):
+        return (f"<TcpOps: {len(self.listeners())} listeners,"
+                f" {self._live} connections>")
+
+    # -- which connection is meant ----------------------------------------
+
+    def _known(self, conid):
+        """Return the connection of a conid, None if there is none (any more).
+
+        Raises ValueError for what cannot be a conid.
+        """
+        if conid is _CURRENT:
+            if self._current is None:
+                raise ValueError("no conid is given, and no message or event"
+                                 " is being handled")
+            return self._current
+        if type(conid) is not int:
+            conid = _number(conid, "conid", -NEVER, NEVER, whole=True)
+        return self._table.get(conid)
+
+    def _usable(self, conid):
+        """Return the live connection of a conid, or raise ValueError."""
+        conn = self._known(conid)
+        if conn is None:
+            raise ValueError(f"there is no connection {conid}")
+        if conn.phase is Phase.LISTENING:
+            raise ValueError(f"conid {conid} is a listener, no connection")
+        if conn.phase not in _LIVE:
+            raise ValueError(f"connection {conn.conid} is ending")
+        return conn
+
+    # -- spec 3.1 to 3.6 --------------------------------------------------
+
+    @_script_function(Result.FAILURE)
+    def tcp_conid_alive(self, conid=_CURRENT):
+        """Return SUCCESS if a connection is usable, or a listener.  Spec: 3.1.
+
+        FAILURE: it has errors, does not exist or is about to be closed.
+        """
+        conn = self._known(conid)
+        return (Result.SUCCESS if conn is not None and self._state(conn)
+                else Result.FAILURE)
+
+    @_script_function(State.NOT_FOUND)
+    def tcp_conid_state(self, conid=_CURRENT):
+        """Return a connection's State, as a probe finds it now.  Spec: 3.2.
+
+        In the handler of its end: EOF after an eof, NOT_FOUND after a close
+        of ours, else ERROR; afterwards NOT_FOUND for ever.
+        """
+        conn = self._known(conid)
+        return State.NOT_FOUND if conn is None else self._state(conn)
+
+    @_script_function(Result.FAILURE)
+    def tcp_keepalive_enable(self, *args, **named):
+        """tcp_keepalive_enable([conid], idle, count, interval).  Spec: 3.3.
+
+        idle and interval are seconds, count a number of probes (Keepalive
+        says what of).  A peer that is silent for idle + count * interval,
+        though asked, ends the connection with the reason "keepalive", also
+        with data in flight.  All settings are made or, with FAILURE, none.
+        """
+        names = ("conid", *Keepalive._fields)
+        conid, *values = _arguments(names, args, named)
+        conn = self._usable(conid)
+        keepalive = Keepalive(*(
+            _number(value, name, 1, _MAX_SECONDS, whole=True)
+            for name, value in zip(Keepalive._fields, values)))
+        set_keepalive(conn.sock, keepalive)
+        conn.keepalive, conn.suspected = keepalive, False
+        conn.keepalive_due = self._clock() + keepalive.limit
+        self._arm(conn)
+        return Result.SUCCESS
+
+    @_script_function(Result.FAILURE)
+    def tcp_keepalive_disable(self, conid=_CURRENT):
+        """Turn keepalive off.  Spec: 3.4."""
+        conn = self._usable(conid)
+        clear_keepalive(conn.sock)
+        conn.keepalive, conn.keepalive_due = None, NEVER
+        return Result.SUCCESS
+
+    @_script_function(Result.FAILURE)
+    def tcp_set_connection_lifetime(self, *args, **named):
+        """tcp_set_connection_lifetime([conid], lifetime).  Spec: 3.5.
+
+        The seconds for which the connection may be idle: bytes received or
+        sent renew it.  It counts from now; 0 expires in the loop's next turn.
+        """
+        conid, lifetime = _arguments(("conid", "lifetime"), args, named)
+        conn = self._usable(conid)
+        conn.lifetime = _number(lifetime, "lifetime", 0, _MAX_SECONDS)
+        conn.active = self._clock()
+        self._arm(conn)
+        return Result.SUCCESS
+
+    @_script_function(Result.FAILURE)
+    def tcp_enable_closed_event(self, conid=_CURRENT):
+        """Have the end of a connection told if closed_event is 2.  Spec: 3.6.
+
+        Without a conid FAILURE unless closed_event is 2, as in the original.
+        """
+        if conid is _CURRENT and self.closed_event != 2:
+            raise ValueError("without a conid it needs closed_event 2, not"
+                             f" {self.closed_event}")
+        self._usable(conid).wants_event = True
+        return Result.SUCCESS
+
+    # -- of the original's later releases ---------------------------------
+
+    @_script_function(Result.FAILURE)
+    def tcp_close_connection(self, conid=_CURRENT):
+        """Close a connection, or a listener.
+
+        What is queued is sent first, within send_timeout.  From the moment
+        that this returns, the conid's state is NOT_FOUND.
+        """
+        conn = self._known(conid)
+        if conn is None or conn.phase is not Phase.LISTENING:
+            conn = self._usable(conid)
+        conn.forgotten = True
+        self._finish(conn, Cause("closed", None, "closed by conid"))
+        return Result.SUCCESS
+
+    @_script_function(-1)
+    def tcp_get_conid(self, address):
+        """Return the conid of a live connection with a peer, or -1.
+
+        address is as for parse_address; a name in it blocks on its look-up.
+        Of several connections with that peer it is the youngest.
+        """
+        conn = self._peer(*parse_address(address))
+        return -1 if conn is None else conn.conid
+
+    @_script_function(Result.FAILURE)
+    def tcp_con_alive(self, address):
+        """Return SUCCESS if there is a usable connection with a peer."""
+        conn = self._peer(*parse_address(address))
+        return (Result.SUCCESS if conn is not None and self._state(conn)
+                else Result.FAILURE)
+
+    @_script_function(Result.FAILURE)
+    def tcp_set_otcpid(self, conid):
+        """Name the connection on which forward is to send.
+
+        For the message being handled, and only while tcp_set_otcpid_flag is
+        on; FAILURE outside of a message's handler.
+        """
+        self._check_in_message()
+        self._otcpid = self._usable(conid).conid
+        return Result.SUCCESS
+
+    @_script_function(Result.FAILURE)
+    def tcp_set_otcpid_flag(self, mode):
+        """Have forward heed tcp_set_otcpid (mode not 0) or not (mode 0).
+
+        For the message being handled; off when its handler is called.
+        """
+        self._check_in_message()
+        self._use_otcpid = _number(mode, "mode", -NEVER, NEVER,
+                                   whole=True) != 0
+        return Result.SUCCESS
+
+    def _check_in_message(self):
+        if self._current is None or self._event is not None:
+            raise ValueError("only in the handler of a message")
+
+    def _peer(self, host, port):
+        """Return the youngest connection with a peer, or None."""
+        found = (self._table.find_peer(*address[:2])
+                 for _, address in _resolve(host, port))
+        return next((conn for conn in found if conn is not None), None)
+
+    # -- sending ----------------------------------------------------------
+
+    def send(self, conid, payload):
+        """Send payload (bytes) on a connection; return a Result.
+
+        What the kernel does not take is queued.  FAILURE: there is no such
+        connection, it is ending, or its queue is over max_write_buffer; then
+        nothing of it has been sent.  Raises TypeError for what is not bytes.
+        """
+        payload = _payload(payload)
+        conn = self._found(conid)
+        return (Result.FAILURE if conn is None
+                else self._send_on(conn, payload))
+
+    @_script_function(None)
+    def _found(self, conid):
+        """Return a live connection, or None after a log line."""
+        return self._usable(conid)
+
+    def forward(self, address, payload):
+        """Send payload (bytes) to a peer; return a Result.
+
+        On the connection that tcp_set_otcpid names, if it was told to; else
+        on one with that peer if there is one; else on a new one, with the
+        framing of the current message.  address is as for parse_address.
+        Raises TypeError for a payload that is not bytes.
+        """
+        payload = _payload(payload)
+        conn = self._way_to(address)
+        return (Result.FAILURE if conn is None
+                else self._send_on(conn, payload))
+
+    @_script_function(None)
+    def _way_to(self, address):
+        """Return the connection for forward, or None after a log line."""
+        host, port = parse_address(address)
+        if self._use_otcpid and self._otcpid is not None:
+            return self._usable(self._otcpid)
+        conn = self._peer(host, port)
+        if conn is None:
+            framing = "raw" if self._current is None else (
+                self._current.framing[1] or "raw")
+            conn = self._table.get(self.connect(host, port, framing=framing))
+        return conn
+
+# ---------------------------------------------------------------------------
+# 13. The command line
+# ---------------------------------------------------------------------------
+
+#: The functions of section 12 that are commands, and plain names in a routes
+#: file; with what they take.
+_FUNCTIONS = {
+    "tcp_conid_alive": "CONID",
+    "tcp_conid_state": "CONID",
+    "tcp_keepalive_enable": "CONID IDLE COUNT INTERVAL",
+    "tcp_keepalive_disable": "CONID",
+    "tcp_set_connection_lifetime": "CONID SECONDS",
+    "tcp_enable_closed_event": "CONID",
+    "tcp_close_connection": "CONID",
+    "tcp_get_conid": "HOST:PORT",
+    "tcp_con_alive": "HOST:PORT",
+    "tcp_set_otcpid": "CONID",
+    "tcp_set_otcpid_flag": "MODE",
+}
+# The last two mean something within a message's handler only.
+_HELP = "\n".join([
+    "commands:",
+    *(f"  {name} {takes}" for name, takes in list(_FUNCTIONS.items())[:-2]),
+    r"  send CONID TEXT        sends TEXT; \n, \r, \t, \\ and \xNN mean what"
+    " they",
+    "                         mean in Python, and nothing is added",
+    "  list                   shows the connections and listeners",
+    "  help                   shows this",
+    "  quit                   ends everything and leaves",
+])
+
+_EPILOG = """
+Try it:
+  %(prog)s --listen                      and in another terminal:
+  nc 127.0.0.1 5060
+
+A routes file says what to do; it knows ops, the decorators request_route,
+onreply_route and event_route, modparam, and the specification's functions:
+  @request_route
+  def _(msg):
+      tcp_set_connection_lifetime(3605)
+      msg.reply(b"welcome\\n")
+
+A control socket takes the same commands from elsewhere:
+  %(prog)s --listen --control /tmp/tcpops.sock
+  %(prog)s --call /tmp/tcpops.sock tcp_conid_state 2
+
+""" + _HELP + """
+
+With --json each line is an object; "data" holds one character for each byte.
+
+Exit status: 0, also after SIGINT and SIGTERM (a second one stops at once with
+130); 1 if the system said no; 2 for wrong usage.  With --call 0 if the result
+is positive, else 1.  With --connect alone it leaves when no connection is
+left, with 1 if none was ever made.
+"""
+
+
+#: Long payloads are shown by their beginning and end.
+_BYTES = reprlib.Repr()
+_BYTES.maxother = 72
+
+
+def _answer_text(answer):
+    """Return a command's answer as a person wants it."""
+    if "text" in answer:
+        return answer["text"]
+    if "state" in answer:
+        return f"{answer['result']} {answer['state']}"
+    return str(answer["result"])
+
+
+class _Display:
+    """Writes what happens to standard output, for a person or a program."""
+
+    def __init__(self, as_json=False):
+        self.as_json = as_json
+        self.prompt = ""
+
+    def _print(self, line, **fields):
+        """Write a line, or the fields as an object."""
+        if self.as_json:
+            line = json.dumps({"time": round(time.time(), 3), **fields})
+        if self.prompt:
+            # Over the prompt, and a new one below.
+            sys.stdout.write(f"\r{line}\n{self.prompt}")
+        else:
+            sys.stdout.write(line + "\n")
+        sys.stdout.flush()
+
+    @staticmethod
+    def _clock():
+        now = time.time()
+        return (time.strftime("%H:%M:%S", time.localtime(now))
+                + f".{int(now % 1 * 1000):03d}")
+
+    def ask(self):
+        """Write the prompt."""
+        sys.stdout.write(self.prompt)
+        sys.stdout.flush()
+
+    def started(self, what, info, console):
+        """A listener was made, or a connect() begun."""
+        if what == "listen on":
+            # A wildcard address is none to connect to.
+            host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(info.Ri, info.Ri)
+            text = (f"listening on {_format_address((info.Ri, info.Rp))}"
+                    f" (conid {info.conid}, {info.framing}); try: nc {host}"
+                    f" {info.Rp}")
+            if console:
+                text += "; type help for commands"
+        else:
+            text = (f"connecting to {_format_address((info.si, info.sp))}"
+                    f" (conid {info.conid}, {info.framing})")
+        self._print(text, event=text.split()[0], conid=info.conid, si=info.si,
+                    sp=info.sp, Ri=info.Ri, Rp=info.Rp, framing=info.framing)
+
+    def message(self, msg):
+        """A message came."""
+        self._print(f"{self._clock()} {'message':11} conid {msg.conid} "
+                    f" {len(msg.data)} bytes  {_BYTES.repr(msg.data)}",
+                    event="message", conid=msg.conid, proto=msg.proto,
+                    si=msg.si, sp=msg.sp, Ri=msg.Ri, Rp=msg.Rp,
+                    bytes=len(msg.data), data=msg.data.decode("latin-1"))
+
+    def event(self, event):
+        """A connection opened or ended."""
+        if event.reason is None:
+            text = f"{event.proto} {_format_address((event.si, event.sp))}"
+        else:
+            text = (f"{event.reason}  {event.age:.1f} s, {event.bytes_in}"
+                    f" bytes in, {event.bytes_out} out")
+            if event.reason not in ("eof", "closed", "shutdown"):
+                text += f"  ({event.detail})"
+        fields = event._asdict()
+        del fields["name"]
+        self._print(f"{self._clock()} {event.name:11} conid {event.conid} "
+                    f" {text}", event=event.name, **fields)
+
+    def answer(self, answer):
+        """A command was carried out."""
+        self._print(_answer_text(answer), **answer)
+
+
+class _Shown(TcpOps):
+    """A TcpOps that shows every message and event before its route runs."""
+
+    display = keepalive = None
+    stopped = False
+    opened = 0
+
+    def stop(self):
+        self.stopped = True
+        super().stop()
+
+    def message_handler(self, msg):
+        self.display.message(msg)
+        return super().message_handler(msg)
+
+    def event_handler(self, event):
+        self.display.event(event)
+        if event.reason is None:
+            self.opened += 1
+            if self.keepalive:
+                self.tcp_keepalive_enable(event.conid, *self.keepalive)
+        return super().event_handler(event)
+
+
+def _unescape(text):
+    """Return the bytes of a text with Python's escapes for bytes in it."""
+    def replace(match):
+        escape = match[0]
+        simple = {b"\\n": b"\n", b"\\r": b"\r", b"\\t": b"\t",
+                  b"\\\\": b"\\"}
+        if escape in simple:
+            return simple[escape]
+        if len(escape) == 4:
+            return bytes([int(escape[2:], 16)])
+        raise ValueError(f"no such escape: {escape.decode()}")
+    return re.sub(rb"\\(?:x[0-9a-fA-F]{2}|.|$)", replace, text.encode())
+
+
+class _LogTap(logging.Handler):
+    """Collects what is logged: the reason behind a command's -1."""
+
+    def __init__(self):
+        super().__init__()
+        self.lines = []
+
+    def emit(self, record):
+        self.lines.append(record.getMessage())
+
+
+class _Commands:
+    """Carries out the commands of the console and the control socket."""
+
+    def __init__(self, ops):
+        self._ops = ops
+
+    def run(self, line):
+        """Carry out a line; return the answer, a dict, always with result."""
+        name, _, rest = line.strip().partition(" ")
+        tap = _LogTap()
+        log.addHandler(tap)
+        try:
+            if name in _FUNCTIONS:
+                result = getattr(self._ops, name)(*rest.split())
+                answer = {"result": int(result)}
+                if isinstance(result, State):
+                    answer["state"] = result.name
+            else:
+                answer = getattr(self, "_" + name, self._unknown)(rest)
+        finally:
+            log.removeHandler(tap)
+        if tap.lines:
+            answer["error"] = "; ".join(tap.lines)
+        return {"command": name, **answer}
+
+    def _unknown(self, _rest):
+        log.warning("no such command; type help")
+        return {"result": -1}
+
+    def _help(self, _rest):
+        return {"result": 1, "text": _HELP}
+
+    def _quit(self, _rest):
+        return {"result": 1}
+
+    def _send(self, rest):
+        conid, _, text = rest.strip().partition(" ")
+        try:
+            payload = _unescape(text)
+        except ValueError as error:
+            log.warning("send: %s", error)
+            return {"result": -1}
+        return {"result": int(self._ops.send(conid, payload))}
+
+    def _list(self, _rest):
+        listeners, conns = self._ops.listeners(), self._ops.connections()
+        lines = [f"conid {info.conid}  listening on"
+                 f" {_format_address((info.Ri, info.Rp))}"
+                 for info in listeners]
+        for info in conns:
+            keepalive = ("off" if info.keepalive is None else
+                         ",".join(map(str, info.keepalive)))
+            lines.append(
+                f"conid {info.conid}  {info.proto}"
+                f" {_format_address((info.si, info.sp))}  {info.state}"
+                f" {info.state.name}  age {info.age:.1f} s, idle"
+                f" {info.idle:.1f} of {info.lifetime:g} s, keepalive"
+                f" {keepalive}, {info.bytes_in} bytes in, {info.bytes_out}"
+                " out")
+        return {"result": 1, "text": "\n".join(lines) or "no connections",
+                "listeners": [info._asdict() for info in listeners],
+                "connections": [info._asdict() for info in conns]}
+
+
+class _Failure(Exception):
+    """What the system refused, in one line; exit status 1."""
+
+
+def _reason(error):
+    """Return why the system said no, without its number."""
+    return getattr(error, "strerror", None) or str(error)
+
+
+def _connect_address(text, lowest_port=1):
+    """Return (host, port) of "HOST:PORT", for argparse."""
+    try:
+        if not re.search(r":[0-9]+$", text):
+            raise ValueError(f"no port in {reprlib.repr(text)}")
+        return parse_address(text, lowest_port)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _listen_address(text):
+    """Return (host, port) of "[HOST:]PORT", for argparse."""
+    if text.isascii() and text.isdigit():
+        text = "127.0.0.1:" + text
+    return _connect_address(text, lowest_port=0)
+
+
+def _keepalive_settings(text):
+    """Return the Keepalive of "IDLE,COUNT,INTERVAL", for argparse."""
+    try:
+        keepalive = Keepalive(*map(int, text.split(",")))
+        with socket.socket() as sock:
+            set_keepalive(sock, keepalive)  # what the system refuses: now
+    except (TypeError, ValueError, OSError) as error:
+        reason = (error.strerror if isinstance(error, OSError)
+                  else "it takes three numbers, as in 60,5,5")
+        raise argparse.ArgumentTypeError(f"{text!r}: {reason}") from None
+    return keepalive
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argparse that complains in one line."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message} (see --help)\n")
+
+
+def _parser():
+    """Return the parser of the command line."""
+    parser = _Parser(
+        prog=os.path.basename(sys.argv[0]) or "tcpops.py",
+        description="Gives every TCP connection a number, the conid, and"
+        " shows and steers its life by that number.",
+        epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--listen", metavar="[HOST:]PORT", action="append", nargs="?",
+        type=_listen_address, const=("127.0.0.1", 5060),
+        help="accept connections; 127.0.0.1:5060 if bare, port 0 for any;"
+        " again and again")
+    add("--connect", metavar="HOST:PORT", action="append",
+        type=_connect_address, help="connect; again and again")
+    add("--framing", choices=list(_FRAMINGS), default="raw",
+        help="what a message is: what was received at once (raw), a line")
+    add("--closed-event", metavar="N", type=int, default=1,
+        help="whose end is told: 0 nobody's, 1 everybody's (default), 2 where"
+        " tcp_enable_closed_event was called")
+    add("--lifetime", metavar="S", type=float, default=120,
+        help="seconds of idleness allowed (default 120)")
+    add("--keepalive", metavar="IDLE,COUNT,INTERVAL",
+        type=_keepalive_settings,
+        help="turn keepalive on for every connection as it opens")
+    add("--max-connections", metavar="N", type=int,
+        help="how many at a time (default: as many as may be open)")
+    add("--echo", action="store_true", help="send back what is received")
+    add("--routes", metavar="FILE.py", help="a file with handlers, see below")
+    add("--json", action="store_true", help="one object a line, for programs")
+    add("--console", action="store_true",
+        help="read commands from standard input also where it is no terminal;"
+        " its end is quit")
+    add("--control", metavar="PATH",
+        help="take commands over a Unix-domain socket, one JSON line back for"
+        " each")
+    add("--call", metavar="PATH COMMAND ARG", nargs=argparse.REMAINDER,
+        help="send a command to such a socket and print the answer; comes"
+        " last")
+    add("--log-level", default="warning",
+        choices=("debug", "info", "warning", "error"),
+        help="what is logged on standard error (default warning)")
+    add("--version", action="version", version=f"tcpops {__version__}")
+    return parser
+
+
+def _call_control(words, as_json):
+    """Carry out --call; return the exit status."""
+    path, *command = words
+    try:
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.settimeout(10)
+            sock.connect(path)
+            line = " ".join(command).replace("\n", "\\n") + "\n"
+            sock.sendall(line.encode())
+            with sock.makefile() as answers:
+                raw = answers.readline()
+    except OSError as error:
+        raise _Failure(f"cannot call {path}: {_reason(error)}") from None
+    if not raw:
+        raise _Failure(f"cannot call {path}: no answer")
+    answer = json.loads(raw)
+    if "error" in answer:
+        print(answer["error"], file=sys.stderr)
+    print(raw.rstrip("\n") if as_json else _answer_text(answer))
+    return 0 if answer["result"] > 0 else 1
+
+
+def _remove_stale_socket(path):
+    """Remove what a program that was killed has left; spare what lives."""
+    with socket.socket(socket.AF_UNIX) as sock:
+        try:
+            sock.connect(path)
+        except ConnectionRefusedError:
+            if stat.S_ISSOCK(os.stat(path).st_mode):
+                os.unlink(path)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise _Failure(f"cannot make {path}: {_reason(error)}") from None
+        else:
+            raise _Failure(f"cannot make {path}: a program answers there")
+
+
+def _open_control(path, ask, stop):
+    """Serve the control socket; return a function that removes it.
+
+    Each client has a thread of its own; ask(line) has the loop's thread carry
+    the command out and returns the answer.
+    """
+    import socketserver  # of use here only
+
+    class Handler(socketserver.StreamRequestHandler):
+        def handle(self):
+            for line in self.rfile:
+                answer = ask(line.decode("utf-8", "replace"))
+                with contextlib.suppress(OSError):  # the client has gone
+                    self.wfile.write(json.dumps(answer).encode() + b"\n")
+                if answer["command"] == "quit":
+                    stop()
+
+    class Server(socketserver.ThreadingUnixStreamServer):
+        daemon_threads = True
+
+    _remove_stale_socket(path)
+    umask = os.umask(0o177)  # mode 0600 from the first moment
+    try:
+        server = Server(path, Handler)
+    except OSError as error:
+        raise _Failure(f"cannot make {path}: {_reason(error)}") from None
+    finally:
+        os.umask(umask)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+
+    def remove():
+        server.shutdown()
+        server.server_close()
+        os.unlink(path)
+    return remove
+
+
+def _load_routes(path, ops):
+    """Run a routes file; its decorators register with ops."""
+    names = ("request_route", "onreply_route", "event_route", "modparam",
+             "send", "forward", *_FUNCTIONS)
+    namespace = {"__name__": "routes", "__file__": path, "ops": ops,
+                 "State": State, "Result": Result,
+                 **{name: getattr(ops, name) for name in names}}
+    try:
+        with open(path, "rb") as file:
+            exec(compile(file.read(), path, "exec"), namespace)
+    except OSError as error:
+        raise _Failure(f"cannot read {path}: {_reason(error)}") from None
+    except Exception as error:
+        line = getattr(error, "lineno", None)  # of a SyntaxError
+        trace = error.__traceback__
+        while trace:
+            if trace.tb_frame.f_code.co_filename == path:
+                line = trace.tb_lineno
+            trace = trace.tb_next
+        raise _Failure(f"{path}:{line}: {type(error).__name__}:"
+                       f" {error}") from None
+
+
+#: Seconds for what is queued to be sent when the program leaves.
+_DRAIN = 5
+
+
+def _at_terminal():
+    """Whether standard input is a terminal that listens to us.
+
+    A background job that read from it would be stopped (SIGTTIN).
+    """
+    try:
+        number = sys.stdin.fileno()
+        return os.isatty(number) and os.tcgetpgrp(number) == os.getpgrp()
+    except (AttributeError, ValueError, OSError):  # none, closed, not ours
+        return False
+
+
+class _Program:
+    """The command line at work."""
+
+    def __init__(self, options, ops):
+        self._options = options
+        self._ops = ops
+        self._display = ops.display = _Display(options.json)
+        self._commands = _Commands(ops)
+
+    def run(self):
+        """Serve until told to stop; return the exit status."""
+        options, ops = self._options, self._ops
+        with contextlib.ExitStack() as stack:
+            stack.callback(ops.close)
+            if options.echo:
+                ops.request_route(lambda msg: msg.reply(msg.data))
+            if options.routes:
+                _load_routes(options.routes, ops)
+            if options.control:
+                stack.callback(
+                    _open_control(options.control, self._ask, ops.stop))
+            console = options.console or _at_terminal()
+            self._listen_and_connect(console)
+            stack.enter_context(self._signals())
+            if console:
+                self._start_console()
+            self._serve()
+            ops.drain(_DRAIN)
+        if not options.listen and not ops.opened:
+            raise _Failure("no connection was made")
+        return 0
+
+    def _listen_and_connect(self, console):
+        options, ops = self._options, self._ops
+        for what, method, addresses in (
+                ("listen on", ops.listen, options.listen),
+                ("connect to", ops.connect, options.connect)):
+            for address in addresses or ():
+                try:
+                    conid = method(*address, framing=options.framing)
+                except (OSError, UnicodeError) as error:
+                    raise _Failure(f"cannot {what} {_format_address(address)}:"
+                                   f" {_reason(error)}") from None
+                self._display.started(what, ops.connection(conid), console)
+
+    def _serve(self):
+        """Run the loop; with --connect alone while a connection is left."""
+        ops = self._ops
+        while not ops.stopped:
+            if self._options.listen:
+                ops.run()
+            elif ops.connections():
+                ops.step()
+            else:
+                break
+
+    @contextlib.contextmanager
+    def _signals(self):
+        """Have SIGINT and SIGTERM stop the loop, a second one at once."""
+        def handle(_number, _frame):
+            if self._ops.stopped:
+                raise KeyboardInterrupt
+            self._ops.stop()
+
+        before = {number: signal.signal(number, handle)
+                  for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _start_console(self):
+        """Read commands in a thread: not every system can select stdin."""
+        if sys.stdin.isatty() and not self._options.json:
+            self._display.prompt = "> "
+            self._display.ask()
+        # A file object of its own: a daemon thread that held the lock of
+        # sys.stdin could not be got out of the way when Python exits.
+        lines = open(sys.stdin.fileno(), encoding="utf-8", errors="replace",
+                     closefd=False)
+
+        def read():
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                for line in itertools.chain(lines, ["quit"]):
+                    self._ops.call_soon(self._type, line)
+        threading.Thread(target=read, daemon=True).start()
+
+    def _type(self, line):
+        """Carry out a line of the console."""
+        if not line.strip():
+            self._display.ask()
+            return
+        answer = self._commands.run(line)
+        if answer["command"] == "quit":
+            self._display.prompt = ""
+            self._ops.stop()
+        else:
+            self._display.answer(answer)
+
+    def _ask(self, line):
+        """Have the loop carry out a line; return the answer.  For threads."""
+        answers = queue.SimpleQueue()
+        self._ops.call_soon(lambda: answers.put(self._commands.run(line)))
+        return answers.get()
+
+
+def main(argv=None):
+    """Run the command line; return the exit status.  See --help."""
+    # A routes file that says "import tcpops" means this module, not a second
+    # copy of it with handlers that nobody calls.
+    sys.modules.setdefault("tcpops", sys.modules[__name__])
+    parser = _parser()
+    options = parser.parse_args(argv)
+    logging.basicConfig(level=options.log_level.upper(),
+                        format="%(levelname)s %(message)s")
+    try:
+        if options.call is not None:
+            if len(options.call) < 2:
+                parser.error("--call takes PATH COMMAND [ARG ...]")
+            return _call_control(options.call, options.json)
+        if not options.listen and not options.connect:
+            parser.error("nothing to do: give --listen or --connect, or"
+                         " --call")
+        try:
+            ops = _Shown(closed_event=options.closed_event,
+                         connection_lifetime=options.lifetime,
+                         max_connections=options.max_connections)
+        except ValueError as error:
+            parser.error(str(error))
+        ops.keepalive = options.keepalive
+        return _Program(options, ops).run()
+    except _Failure as failure:
+        print(f"{parser.prog}: {failure}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        # Nobody reads what we print; nor should Python try again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

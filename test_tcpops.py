@@ -1,0 +1,4168 @@
+"""The tests of tcpops.py, in the order of the specification.
+
+Real sockets on loopback, real kernel.  Nothing sleeps: deadlines come from a
+clock that the test moves, bytes are awaited by step(timeout=5), where 5 s is a
+ceiling for a broken build and never a delay.  Where only real time will do the
+test is marked real_time and is short.
+
+    pytest                        everything
+    pytest -k test_3_3            one section of the specification
+    pytest -m "not real_time"     without those that wait
+"""
+
+import ast
+import collections
+import contextlib
+import ctypes
+import errno
+import fractions
+import gc
+import json
+import logging
+import os
+import pty
+import random
+import re
+import resource
+import selectors
+import signal
+import socket
+import ssl
+import stat
+import struct
+import subprocess
+import sys
+import threading
+import time
+import types
+import warnings
+import weakref
+from pathlib import Path
+
+import pytest
+
+import tcpops
+from tcpops import Keepalive, Result, State
+
+HERE = Path(__file__).parent
+SOURCE = (HERE / "tcpops.py").read_text(encoding="utf-8")
+TREE = ast.parse(SOURCE)
+LINUX = sys.platform.startswith("linux")
+real_time = pytest.mark.real_time
+
+
+# -- tools --------------------------------------------------------------------
+
+
+class FakeClock:
+    """A clock that stands still until the test moves it."""
+
+    def __init__(self):
+        self.now = 1000.0
+
+    def __call__(self):
+        return self.now
+
+    def advance(self, seconds):
+        self.now += seconds
+
+
+class FakeSelector(selectors.DefaultSelector):
+    """Finds nothing, and lets the waited time pass at once."""
+
+    def __init__(self, clock):
+        super().__init__()
+        self.clock = clock
+        self.waits = []
+
+    def select(self, timeout=None):
+        assert timeout is not None, "this would wait for ever"
+        self.waits.append(timeout)
+        self.clock.advance(timeout)
+        return []
+
+
+class World:
+    """A TcpOps with a listener, that notes every message and event."""
+
+    def __init__(self, framing="raw", **settings):
+        self.ops = tcpops.TcpOps(**settings)
+        self.messages = []
+        self.events = []
+        self.socks = []
+        self.on_message = None
+        self.on_event = None
+        self.ops.request_route(self._message)
+        for name in tcpops.EVENT_NAMES:
+            self.ops.event_route(name)(self._event)
+        self.listener = self.ops.listen("127.0.0.1", 0, framing=framing)
+        self.port = self.ops.connection(self.listener).Rp
+
+    def _message(self, msg):
+        self.messages.append(msg)
+        if self.on_message:
+            self.on_message(msg)
+
+    def _event(self, event):
+        self.events.append(event)
+        if self.on_event:
+            self.on_event(event)
+
+    def until(self, condition, timeout=5):
+        """Run the loop until the condition holds."""
+        end = time.monotonic() + timeout
+        while not condition():
+            left = end - time.monotonic()
+            assert left > 0, "it did not come about"
+            self.ops.step(min(left, 0.5))
+
+    def settle(self):
+        """Run the loop until it finds nothing more to do."""
+        while self.ops.step(0):
+            pass
+
+    def client(self, **how):
+        """Connect; return our socket and its conid on the other side."""
+        sock = socket.create_connection(("127.0.0.1", self.port), 5, **how)
+        self.socks.append(sock)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        known = {event.conid for event in self.events}
+        self.until(lambda: {e.conid for e in self.events} - known)
+        return sock, max(event.conid for event in self.events)
+
+    def talk(self, sock, data=b"hello"):
+        """Have a message from sock delivered; return it."""
+        count = len(self.messages)
+        sock.sendall(data)
+        self.until(lambda: len(self.messages) > count)
+        return self.messages[-1]
+
+    def ends(self, conid=None):
+        """Return the events of ends, of one conid or of all."""
+        return [event for event in self.events if event.reason
+                and conid in (None, event.conid)]
+
+    def end(self, conid):
+        """Wait for the one event of an end and return it."""
+        self.until(lambda: self.ends(conid))
+        self.settle()
+        (event,) = self.ends(conid)
+        return event
+
+    def server(self, **how):
+        """Return a plain listening socket to connect to."""
+        sock = socket.create_server(("127.0.0.1", 0), **how)
+        sock.settimeout(5)
+        self.socks.append(sock)
+        return sock
+
+    def accept(self, server):
+        """Return a socket that a plain server accepts."""
+        sock, _ = server.accept()
+        sock.settimeout(5)
+        self.socks.append(sock)
+        return sock
+
+    def outgoing(self, **how):
+        """Connect out; return the accepted socket and our conid."""
+        server = self.server()
+        conid = self.ops.connect(*server.getsockname()[:2], **how)
+        sock = self.accept(server)
+        self.until(lambda: any(e.conid == conid for e in self.events))
+        return sock, conid
+
+    def fill(self, conid):
+        """Send until the kernel takes no more and our queue holds some."""
+        for _ in range(10000):
+            assert self.ops.send(conid, b"x" * 65536)
+            if self.ops._table.get(conid).out:
+                return
+        raise AssertionError("the kernel takes everything")
+
+
+@pytest.fixture(autouse=True)
+def no_sleep(monkeypatch):
+    """Waiting is no way to synchronise."""
+    real = time.sleep
+
+    def sleep(seconds):
+        # The standard library may, for a process that is about to exit.
+        caller = sys._getframe(1).f_globals["__name__"]
+        assert caller not in (__name__, "tcpops"), "a test sleeps"
+        real(seconds)
+    monkeypatch.setattr(time, "sleep", sleep)
+
+
+@pytest.fixture
+def make_world():
+    """Return a maker of worlds that leave nothing behind."""
+    worlds = []
+
+    def make(*args, **settings):
+        worlds.append(World(*args, **settings))
+        return worlds[-1]
+
+    yield make
+    for world in worlds:
+        ops = world.ops
+        ops.close()
+        assert not ops._table and not ops._live and not len(ops._deadlines)
+        assert not ops._events_due and not ops._resting
+        counts = ops.stats()
+        assert counts["opened"] == sum(counts["ended"].values())
+        for sock in world.socks:
+            sock.close()
+
+
+@pytest.fixture
+def world(make_world):
+    return make_world()
+
+
+@pytest.fixture
+def clock():
+    return FakeClock()
+
+
+@pytest.fixture
+def timed(make_world, clock):
+    """A world whose time the test moves, by its clock."""
+    world = make_world(clock=clock)
+    world.clock = clock
+    return world
+
+
+def rst(sock):
+    """Close a socket with an RST."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
+                    struct.pack("ii", 1, 0))
+    sock.close()
+
+
+def vanish(sock):
+    """Make a peer vanish: its kernel drops every segment that comes in."""
+    drop = ctypes.create_string_buffer(struct.pack("HBBI", 0x06, 0, 0, 0))
+    program = struct.pack("HL", 1, ctypes.addressof(drop))
+    sock.setsockopt(socket.SOL_SOCKET, 26, program)  # SO_ATTACH_FILTER
+
+
+def tcp_pair():
+    """Return two connected TCP sockets."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        client = socket.create_connection(server.getsockname())
+        return client, server.accept()[0]
+
+
+class Log(logging.Handler):
+    def __init__(self):
+        super().__init__()
+        self.lines = []
+
+    def emit(self, record):
+        self.lines.append(record.getMessage())
+
+
+@pytest.fixture
+def logged():
+    """The lines logged from warning on."""
+    handler = Log()
+    handler.setLevel(logging.WARNING)
+    tcpops.log.addHandler(handler)
+    yield handler.lines
+    tcpops.log.removeHandler(handler)
+
+
+# -- the shape of the file ----------------------------------------------------
+
+
+class TestShape:
+    """What a reader of the source is promised."""
+
+    BANNER = re.compile(r"^# (\d+)\. (.+)$", re.M)
+
+    def test_the_map_in_the_docstring_is_the_banners(self):
+        promised = re.findall(r"^ +(\d+)  (.+)$", tcpops.__doc__, re.M)
+        assert promised == self.BANNER.findall(SOURCE)
+
+    def test_no_name_is_used_above_its_definition(self):
+        defined = {}
+        for node in TREE.body:
+            names = [getattr(node, "name", None)]
+            for target in getattr(node, "targets", []):
+                names += [n.id for n in ast.walk(target)
+                          if isinstance(n, ast.Name)]
+            for name in filter(None, names):
+                defined.setdefault(name, node.lineno)
+        for node in TREE.body:
+            for use in ast.walk(node):
+                if isinstance(use, ast.Name) and isinstance(use.ctx, ast.Load):
+                    where = defined.get(use.id, 0)
+                    assert where <= node.end_lineno, (use.id, use.lineno)
+
+    def test_public_things_have_docstrings(self):
+        for node in ast.walk(TREE):
+            if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+                overrides = node.name in (
+                    "error", "emit", "handle", "stop", "message_handler",
+                    "event_handler", "next_message", "finish", "encode",
+                    "decorate", "register", "replace", "reply", "remove",
+                    "Handler", "Server")
+                if not node.name.startswith("_") and not overrides:
+                    setter = any(isinstance(d, ast.Attribute)
+                                 for d in node.decorator_list)
+                    inner = node.col_offset > 4
+                    assert setter or inner or ast.get_docstring(node), \
+                        node.name
+
+    def test_lines_and_functions_are_short(self):
+        assert max(map(len, SOURCE.split("\n"))) <= 79
+        for node in ast.walk(TREE):
+            if isinstance(node, ast.FunctionDef):
+                length = node.end_lineno - node.lineno + 1
+                assert length <= 50, (node.name, length)
+
+    def test_only_the_standard_library_is_imported(self):
+        for node in ast.walk(TREE):
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [node.module]
+            else:
+                continue
+            for name in names:
+                if hasattr(sys, "stdlib_module_names"):
+                    assert name in sys.stdlib_module_names
+
+    def test_exports_exist_and_are_tested(self):
+        text = Path(__file__).read_text(encoding="utf-8")
+        for name in tcpops.__all__:
+            assert hasattr(tcpops, name)
+            assert re.search(rf"\b{name}\b", text), name
+
+    def test_ssl_is_not_imported(self):
+        code = "import sys, tcpops; sys.exit('ssl' in sys.modules)"
+        assert subprocess.run([sys.executable, "-c", code],
+                              cwd=HERE).returncode == 0
+
+
+# -- the words: codes, events -------------------------------------------------
+
+
+class TestCodes:
+    """Section 2 of the file."""
+
+    def test_3_2_states_have_the_specified_values(self):
+        assert {s.name: s.value for s in State} == {
+            "OK": 1, "ACCEPT": 2, "CONNECT": 3, "NOT_FOUND": -1, "EOF": -2,
+            "ERROR": -3, "BAD": -4}
+
+    def test_negative_is_false(self):
+        for code in (*State, *Result):
+            assert bool(code) is (code > 0)
+            assert code == int(code) and isinstance(code, int)
+
+    def test_print_shows_the_number(self):
+        assert f"{State.EOF}{Result.SUCCESS:3d}" == "-2  1"
+        assert str(State.OK) == "1" and repr(State.OK) == "<State.OK: 1>"
+
+    def test_4_1_every_reason_has_an_event(self):
+        assert set(tcpops.REASONS.values()) == set(tcpops.EVENT_NAMES) - {
+            "tcp:opened"}
+
+    @pytest.mark.parametrize("connecting, number, reason", [
+        (False, errno.EPIPE, "eof"),
+        (False, errno.ECONNRESET, "reset"),
+        (False, errno.ECONNABORTED, "reset"),
+        (False, errno.ETIMEDOUT, "keepalive"),
+        (False, errno.EHOSTUNREACH, "keepalive"),
+        (False, errno.ENETUNREACH, "keepalive"),
+        (False, errno.EHOSTDOWN, "keepalive"),
+        (False, errno.ECONNREFUSED, "keepalive"),
+        (False, errno.EPROTO, "error"),
+        (True, errno.ECONNREFUSED, "reset"),
+        (True, errno.ETIMEDOUT, "connect"),
+        (True, errno.EHOSTUNREACH, "connect"),
+        (True, errno.ENETUNREACH, "connect"),
+        (True, errno.EACCES, "error"),
+    ])
+    def test_4_1_errno_to_reason(self, connecting, number, reason):
+        cause = tcpops.Cause.of_errno(number, connecting)
+        assert cause.reason == reason
+        assert cause.errno == (None if reason == "eof" else number)
+
+
+# -- what callers pass --------------------------------------------------------
+
+
+class TestAddresses:
+    """Section 3 of the file: parse_address."""
+
+    @pytest.mark.parametrize("text, host, port", [
+        ("127.0.0.1:5061", "127.0.0.1", 5061),
+        ("127.0.0.1", "127.0.0.1", 5060),
+        ("example.org:1", "example.org", 1),
+        ("[::1]:65535", "::1", 65535),
+        ("[::1]", "::1", 5060),
+        ("[fe80::1%eth0]:7", "fe80::1%eth0", 7),
+        ("sip:10.0.0.1", "10.0.0.1", 5060),
+        ("sip:alice@10.0.0.1:5070;transport=tcp", "10.0.0.1", 5070),
+        ("SIP:alice;day=tue@example.org?subject=a:b", "example.org", 5060),
+        ("sips:bob@[::1]", "::1", 5061),
+        ("sips:bob@host:5060;lr", "host", 5060),
+    ])
+    def test_forms(self, text, host, port):
+        assert tcpops.parse_address(text) == (host, port)
+
+    @pytest.mark.parametrize("text", [
+        "", ":", ":5060", "host:", "host:port", "host:0", "host:65536",
+        "host:123456", "::1", "[::1", "[]:5060", "a b:1", "host:1;x", "sip:",
+        "tel:+1", "host:1\n", b"host:1", None, 5060, True, ["host:1"]])
+    def test_anything_else_is_a_value_error(self, text):
+        with pytest.raises(ValueError, match="address must be"):
+            tcpops.parse_address(text)
+
+
+class TestSettings:
+    """What TcpOps takes."""
+
+    @pytest.mark.parametrize("name, value", [
+        (name, value)
+        for name, values in {
+            "closed_event": [3, -1, "x", None, True, 1.0, b"1"],
+            "event_callback": ["name", 5],
+            "connection_lifetime": [-1, "x", None, True, float("nan"),
+                                    float("inf"), 2 ** 31],
+            "connect_timeout": [0, -1, None, "x"],
+            "send_timeout": [0, -1, None, []],
+            "message_timeout": [0, -1, None, {}],
+            "max_connections": [0, -1, 1.5, "x", True],
+            "max_message": [0, -1, None, 1.5],
+            "max_write_buffer": [0, -1, None, "x"],
+            "clock": [None, 5],
+        }.items() for value in values])
+    def test_wrong_values_raise_value_error(self, name, value):
+        with pytest.raises(ValueError, match=name):
+            tcpops.TcpOps(**{name: value})
+
+    def test_unknown_settings_raise_type_error(self):
+        with pytest.raises(TypeError):
+            tcpops.TcpOps(lifetime=5)
+
+    def test_a_lifetime_may_be_set_later(self, world):
+        world.ops.connection_lifetime = 7
+        _, conid = world.client()
+        assert world.ops.connection(conid).lifetime == 7
+        with pytest.raises(ValueError):
+            world.ops.connection_lifetime = -1
+        assert world.ops.connection_lifetime == 7
+
+    def test_descriptor_limit(self, monkeypatch):
+        for soft, limit in ((1000, 1000 - 32), (20, 1),
+                            (resource.RLIM_INFINITY, tcpops.NEVER)):
+            monkeypatch.setattr(resource, "getrlimit", lambda _: (soft, soft))
+            assert tcpops._descriptor_limit() == limit
+
+
+# -- section 4 of the file: deadlines -----------------------------------------
+
+
+class Owner:
+    def __init__(self, conid):
+        self.conid = conid
+        self.wake = tcpops.NEVER
+
+
+class TestDeadlines:
+    def test_owners_come_up_in_order(self):
+        deadlines = tcpops.Deadlines()
+        owners = [Owner(n) for n in range(100)]
+        for owner in random.Random(1).sample(owners, 100):
+            deadlines.arm(owner, owner.conid // 2)  # ties, too
+        order = [deadlines.pop(1000).conid for _ in owners]
+        assert order == sorted(order)
+        assert deadlines.pop(1000) is None and len(deadlines) == 0
+
+    def test_nothing_comes_up_early(self):
+        deadlines = tcpops.Deadlines()
+        owner = Owner(1)
+        assert deadlines.next() == tcpops.NEVER
+        deadlines.arm(owner, 10)
+        assert deadlines.next() == 10 and deadlines.pop(9.99) is None
+        assert deadlines.pop(10) is owner and owner.wake == tcpops.NEVER
+
+    def test_only_a_shortened_deadline_is_pushed(self):
+        deadlines = tcpops.Deadlines()
+        owner = Owner(1)
+        for when in (10, 11, 12, 10):
+            deadlines.arm(owner, when)
+        assert len(deadlines) == 1
+        deadlines.arm(owner, 5)
+        assert deadlines.next() == 5 and len(deadlines) == 2
+        assert deadlines.pop(100) is owner
+        assert deadlines.pop(100) is None  # the stale entry
+
+    def test_a_heap_of_stale_entries_only(self):
+        deadlines = tcpops.Deadlines()
+        owners = [Owner(n) for n in range(5)]
+        for owner in owners:
+            deadlines.arm(owner, 1)
+        for owner in owners[1:]:
+            deadlines.disarm(owner)
+            deadlines.disarm(owner)  # twice is once
+        assert deadlines.next() == 1
+        deadlines.disarm(owners[0])
+        assert deadlines.next() == tcpops.NEVER and len(deadlines) == 0
+
+    def test_the_heap_stays_a_small_multiple_of_its_owners(self):
+        deadlines = tcpops.Deadlines()
+        owners = [Owner(n) for n in range(10)]
+        for when in range(10000, 0, -1):
+            for owner in owners:
+                deadlines.arm(owner, when)
+            assert len(deadlines) <= 2 * len(owners) + 8
+        assert deadlines.next() == 1
+
+    def test_the_same_time_twice_is_one_entry(self):
+        deadlines = tcpops.Deadlines()
+        keeper, owner = Owner(1), Owner(2)
+        deadlines.arm(keeper, 10 ** 9)
+        for now in range(1000):
+            deadlines.arm(owner, now)
+            assert deadlines.pop(now) is owner
+            deadlines.arm(owner, 10 ** 8)
+            deadlines.arm(owner, now)
+            assert deadlines.pop(now) is owner
+        assert len(deadlines) <= 2 * 2 + 8
+
+    def test_ended_owners_are_not_kept(self):
+        deadlines = tcpops.Deadlines()
+        owners = [Owner(n) for n in range(1000)]
+        refs = [weakref.ref(owner) for owner in owners]
+        for owner in owners:
+            deadlines.arm(owner, 50)
+        for owner in owners[1:]:
+            deadlines.disarm(owner)
+        del owner
+        del owners[1:]
+        assert sum(ref() is not None for ref in refs) <= 1 + 8 + 2
+
+
+# -- section 5 of the file: keepalive -----------------------------------------
+
+
+class TestKeepalive:
+    def test_limit(self):
+        assert Keepalive(2, 3, 1).limit == 5
+
+    @pytest.mark.parametrize("silence, unanswered, suspected, dead", [
+        (4.9, 9, True, False),   # not silent for long enough
+        (5.0, 0, True, False),   # silent, but nothing asked
+        (5.0, 1, False, False),  # one transmission may be lost
+        (5.0, 1, True, True),    # the second look
+        (5.0, 2, False, True),
+    ])
+    def test_who_is_dead(self, silence, unanswered, suspected, dead):
+        info = tcpops.TcpInfo(1, unanswered, silence)
+        assert tcpops.is_dead(info, 5, suspected) is dead
+
+    def test_tcp_info_of_what_is_no_tcp_socket(self):
+        left, right = socket.socketpair()
+        with left, right:
+            assert tcpops.tcp_info(left) is None
+
+    def test_tcp_info_knows_the_silence(self):
+        client, server = tcp_pair()
+        with client, server:
+            info = tcpops.tcp_info(server)
+            assert info.state == 1 and info.unanswered == 0
+            assert 0 <= info.silence < 1
+
+    def test_macos_spelling(self, monkeypatch):
+        monkeypatch.delattr(socket, "TCP_KEEPIDLE")
+        monkeypatch.setattr(socket, "TCP_KEEPALIVE", 0x10, raising=False)
+        assert tcpops._keepalive_options()[0] == ("idle", "TCP_KEEPALIVE",
+                                                  0x10)
+
+    def test_all_or_nothing_also_at_the_last_option(self):
+        with socket.socket() as sock:
+            before = [sock.getsockopt(socket.IPPROTO_TCP, option)
+                      for _, _, option in tcpops._keepalive_options()]
+            for bad in ((0, 5, 5), (60, 128, 5), (60, 5, 32768),
+                        (60, 5, 2 ** 40)):
+                with pytest.raises(OSError, match="TCP_KEEP"):
+                    tcpops.set_keepalive(sock, Keepalive(*bad))
+                assert before == [
+                    sock.getsockopt(socket.IPPROTO_TCP, option)
+                    for _, _, option in tcpops._keepalive_options()]
+                assert tcpops.get_keepalive(sock) is None
+
+
+# -- section 6 of the file: probing -------------------------------------------
+
+
+class ScriptedSocket(socket.socket):
+    """A socket whose calls fail as the kernel will not on demand."""
+
+    script = {}
+
+    def __new__(cls, *args, **how):
+        return super().__new__(cls)
+
+    @classmethod
+    def of(cls, sock, **script):
+        new = cls(sock.family, sock.type, sock.proto, fileno=sock.detach())
+        new.script = script
+        return new
+
+    def _play(self, name, *args):
+        outcome = self.script.get(name)
+        if isinstance(outcome, list):
+            outcome = outcome.pop(0) if outcome else None
+        if isinstance(outcome, int):
+            raise OSError(outcome, os.strerror(outcome))
+        return getattr(super(), name)(*args)
+
+    def getsockopt(self, *args):
+        return self._play("getsockopt", *args)
+
+    def setsockopt(self, *args):
+        return self._play("setsockopt", *args)
+
+    def recv(self, *args):
+        return self._play("recv", *args)
+
+    def send(self, *args):
+        return self._play("send", *args)
+
+    def accept(self):
+        return self._play("accept")
+
+
+class TestProbe:
+    """probe(sock), of the module; spec 3.2."""
+
+    @pytest.fixture
+    def pair(self):
+        client, server = tcp_pair()
+        yield client, server
+        client.close()
+        server.close()
+
+    def test_3_2_a_quiet_connection(self, pair):
+        assert tcpops.probe(pair[1]) == (State.OK, None)
+
+    def test_3_2_unread_data(self, pair):
+        pair[0].send(b"x")
+        assert tcpops.probe(pair[1]) == (State.OK, None)
+        assert pair[1].recv(5) == b"x"
+
+    def test_3_2_fin(self, pair):
+        pair[0].close()
+        for _ in range(3):
+            assert tcpops.probe(pair[1]) == (State.EOF, None)
+
+    def test_3_2_half_close(self, pair):
+        pair[0].shutdown(socket.SHUT_WR)
+        assert tcpops.probe(pair[1]) == (State.EOF, None)
+        pair[1].send(b"still")
+        assert pair[0].recv(5) == b"still"
+
+    @pytest.mark.skipif(not LINUX, reason="needs Linux' TCP_INFO")
+    def test_3_2_fin_behind_unread_data(self, pair):
+        pair[0].send(b"x")
+        pair[0].close()
+        assert tcpops.probe(pair[1]) == (State.EOF, None)
+        assert pair[1].recv(5) == b"x"
+
+    def test_3_2_rst_is_found_once(self, pair):
+        rst(pair[0])
+        assert tcpops.probe(pair[1]) == (State.ERROR, errno.ECONNRESET)
+        assert tcpops.probe(pair[1]) == (State.EOF, None)
+
+    def test_3_2_rst_behind_unread_data(self, pair):
+        pair[0].send(b"x")
+        rst(pair[0])
+        assert tcpops.probe(pair[1]) == (State.ERROR, errno.ECONNRESET)
+        assert pair[1].recv(5) == b"x"
+
+    def test_3_2_rst_after_fin_is_an_eof(self, pair):
+        pair[0].close()
+        pair[1].send(b"x")
+        assert tcpops.probe(pair[1]) == (State.EOF, errno.EPIPE)
+
+    def test_3_2_an_error_met_by_the_peek(self, pair):
+        sock = ScriptedSocket.of(pair[1], getsockopt=[errno.ETIMEDOUT])
+        with sock:
+            assert tcpops.probe(sock) == (State.ERROR, errno.ETIMEDOUT)
+
+    def test_3_2_listener(self):
+        with socket.create_server(("127.0.0.1", 0)) as sock:
+            assert tcpops.probe(sock) == (State.ACCEPT, None)
+
+    def test_3_2_connecting(self):
+        with full_backlog() as address, socket.socket() as sock:
+            sock.setblocking(False)
+            assert sock.connect_ex(address) == errno.EINPROGRESS
+            assert tcpops.probe(sock) == (State.CONNECT, None)
+
+    def test_3_2_never_connected(self):
+        with socket.socket() as sock:
+            assert tcpops.probe(sock) == (State.BAD, errno.ENOTCONN)
+
+    def test_3_2_closed(self):
+        sock = socket.socket()
+        sock.close()
+        assert tcpops.probe(sock) == (State.BAD, errno.EBADF)
+
+    def test_3_2_not_even_tcp(self):
+        left, right = socket.socketpair()
+        with left, right:
+            assert tcpops.probe(left) == (State.OK, None)
+
+    @pytest.mark.parametrize("timeout", [None, 0, 60])
+    def test_3_2_neither_blocks_nor_changes_the_socket(self, pair, timeout):
+        pair[1].settimeout(timeout)
+        start = time.monotonic()
+        assert tcpops.probe(pair[1]) == (State.OK, None)
+        assert time.monotonic() - start < 5
+        assert pair[1].gettimeout() == timeout
+
+    def test_3_2_an_ssl_socket(self, pair):
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname = False
+        sock = context.wrap_socket(pair[1], do_handshake_on_connect=False)
+        with sock:
+            assert tcpops.probe(sock) == (State.OK, None)
+
+
+@contextlib.contextmanager
+def full_backlog():
+    """Yield an address where a connect() stays under way."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen(0)
+        address = server.getsockname()
+        clients = []
+        for _ in range(4):
+            sock = socket.socket()
+            sock.setblocking(False)
+            sock.connect_ex(address)
+            clients.append(sock)
+        yield address
+        for sock in clients:
+            sock.close()
+
+
+# -- spec 2: parameters -------------------------------------------------------
+
+
+class TestSpec_2_1:
+    """2.1. closed_event (int)."""
+
+    def die(self, world):
+        """One connection of each kind dies; return the names told."""
+        for way in ("fin", "rst", "lifetime"):
+            sock, conid = world.client()
+            if way == "fin":
+                sock.close()
+            elif way == "rst":
+                rst(sock)
+            else:
+                world.ops.tcp_set_connection_lifetime(conid, 0)
+            world.until(lambda: not world.ops.connections())
+        world.settle()
+        return [event.name for event in world.ends()]
+
+    def test_2_1_mode_0_never(self, make_world):
+        world = make_world(closed_event=0)
+        assert self.die(world) == []
+        _, conid = world.client()
+        assert world.ops.tcp_enable_closed_event(conid) == 1
+        world.ops.tcp_close_connection(conid)
+        world.settle()
+        assert world.ends() == []
+
+    def test_2_1_mode_1_always(self, make_world):
+        assert self.die(make_world(closed_event=1)) == [
+            "tcp:closed", "tcp:reset", "tcp:timeout"]
+
+    def test_2_1_mode_2_only_where_enabled(self, make_world):
+        world = make_world(closed_event=2)
+        assert self.die(world) == []
+        one, first = world.client()
+        two, second = world.client()
+        assert world.ops.tcp_enable_closed_event(second) == 1
+        one.close()
+        two.close()
+        world.until(lambda: not world.ops.connections())
+        assert [event.conid for event in world.ends()] == [second]
+
+    def test_2_1_default_is_1(self):
+        with tcpops.TcpOps() as ops:
+            assert ops.closed_event == 1
+
+    def test_2_1_may_be_set_later(self, world):
+        ops = world.ops
+        ops.closed_event = 0
+        assert self.die(world) == []
+        ops.modparam("tcpops", "closed_event", 1)
+        assert len(self.die(world)) == 3
+        for wrong in (3, "x", None, True, 0.0):
+            with pytest.raises(ValueError):
+                ops.closed_event = wrong
+            with pytest.raises(ValueError):
+                ops.modparam("tcpops", "closed_event", wrong)
+        assert ops.closed_event == 1
+
+    def test_2_1_modparam_knows_no_other(self, world):
+        for module, name in (("tcpop", "closed_event"), ("tcpops", "x"),
+                             ("tcpops", "conid"), (None, None)):
+            with pytest.raises(ValueError, match="modparam knows"):
+                world.ops.modparam(module, name, 1)
+
+    def test_2_1_opened_is_not_governed(self, make_world):
+        world = make_world(closed_event=0)
+        world.client()
+        assert [event.name for event in world.events] == ["tcp:opened"]
+
+
+# -- spec 3: functions --------------------------------------------------------
+
+
+class Int(int):
+    pass
+
+
+WRONG_CONIDS = [None, True, False, "", "x", "1x", " 2", "2 ", "2.0", "1e3",
+                "٢", "0x2", "9" * 5000, b"2", 2.0, 1.5, float("nan"),
+                float("inf"), [], [2], (2,), {}, {2}, object(), 2j,
+                fractions.Fraction(5, 2), len, State]
+GONE_CONIDS = [0, -5, 999999, "999999", "-5", 10 ** 30, Int(77)]
+
+
+def every_function(ops):
+    """Return {name: call(*conid)} of all functions that take a conid."""
+    return {
+        "tcp_conid_alive": ops.tcp_conid_alive,
+        "tcp_conid_state": ops.tcp_conid_state,
+        "tcp_keepalive_enable":
+            lambda *conid: ops.tcp_keepalive_enable(*conid, 60, 5, 5),
+        "tcp_keepalive_disable": ops.tcp_keepalive_disable,
+        "tcp_set_connection_lifetime":
+            lambda *conid: ops.tcp_set_connection_lifetime(*conid, 5),
+        "tcp_enable_closed_event": ops.tcp_enable_closed_event,
+        "tcp_close_connection": ops.tcp_close_connection,
+    }
+
+
+FUNCTIONS = list(every_function(tcpops.TcpOps))
+
+
+class TestSpec_3:
+    """3. Functions: what holds for all of them."""
+
+    @pytest.mark.parametrize("name", FUNCTIONS)
+    def test_3_a_wrong_conid_is_one_log_line_and_minus_1(
+            self, make_world, logged, name):
+        world = make_world(closed_event=2)
+        _, conid = world.client()
+        before = world.ops.connection(conid)
+        function = every_function(world.ops)[name]
+        for wrong in WRONG_CONIDS:
+            logged.clear()
+            assert function(wrong) == -1
+            assert len(logged) == 1 and name in logged[0], wrong
+            assert "\n" not in logged[0] and len(logged[0]) < 300
+        after = world.ops.connection(conid)
+        assert after[:8] == before[:8] and after[10:] == before[10:]
+        assert len(world.ops.connections()) == 1
+
+    @pytest.mark.parametrize("name", FUNCTIONS)
+    def test_3_an_unknown_conid_is_minus_1(self, make_world, logged, name):
+        world = make_world(closed_event=2)
+        world.client()
+        for gone in GONE_CONIDS:
+            logged.clear()
+            assert every_function(world.ops)[name](gone) == -1
+            # To ask for one is no mistake, to command one is.
+            asks = name in ("tcp_conid_alive", "tcp_conid_state")
+            assert len(logged) == (0 if asks else 1)
+
+    @pytest.mark.parametrize("name", FUNCTIONS)
+    def test_3_no_conid_and_no_message_is_minus_1(self, make_world, logged,
+                                                  name):
+        world = make_world(closed_event=2)
+        world.client()
+        assert every_function(world.ops)[name]() == -1
+        assert len(logged) == 1 and "no conid" in logged[0]
+
+    @pytest.mark.parametrize("name", FUNCTIONS)
+    def test_3_no_conid_is_the_message_s_connection(self, make_world, name):
+        world = make_world(closed_event=2)
+        world.client()
+        sock, conid = world.client()
+        results = []
+
+        def on_message(msg):
+            assert world.ops.conid == msg.conid == conid
+            results.append(every_function(world.ops)[name]())
+        world.on_message = on_message
+        world.talk(sock)
+        assert results == [1] and world.ops.conid is None
+
+    @pytest.mark.parametrize("name", FUNCTIONS)
+    def test_3_numeric_strings_are_numbers(self, make_world, name):
+        world = make_world(closed_event=2)
+        sock, conid = world.client()
+        world.talk(sock)
+        for spelling in (str(conid), f"+{conid}", f"0{conid}", Int(conid)):
+            assert every_function(world.ops)[name](spelling) == 1
+            if name == "tcp_close_connection":
+                break
+
+    @pytest.mark.parametrize("name", FUNCTIONS)
+    def test_3_from_another_connection_s_message(self, make_world, name):
+        world = make_world(closed_event=2)
+        one, first = world.client()
+        two, second = world.client()
+        world.talk(one)
+        world.talk(two)
+        results = []
+        world.on_message = lambda msg: results.append(
+            every_function(world.ops)[name](first))
+        world.talk(two)
+        assert results == [1]
+
+    @pytest.mark.parametrize("name", FUNCTIONS)
+    def test_3_after_the_end_minus_1_for_ever(self, make_world, name):
+        world = make_world(closed_event=2)
+        sock, conid = world.client()
+        sock.close()
+        world.until(lambda: not world.ops.connections())
+        world.client()
+        assert every_function(world.ops)[name](conid) == -1
+
+    @pytest.mark.parametrize("name", FUNCTIONS)
+    def test_3_a_listener_is_no_connection(self, make_world, name):
+        world = make_world(closed_event=2)
+        expected = {"tcp_conid_alive": 1, "tcp_conid_state": 2,
+                    "tcp_close_connection": 1}.get(name, -1)
+        assert every_function(world.ops)[name](world.listener) == expected
+
+    @pytest.mark.parametrize("name", FUNCTIONS)
+    def test_3_wrong_numbers_of_arguments_do_not_raise(self, world, logged,
+                                                       name):
+        function = getattr(world.ops, name)
+        assert function(1, 2, 3, 4, 5) == -1
+        assert function(nonsense=1) == -1
+        assert len(logged) == 2
+
+    def test_3_conids_count_up_and_are_never_used_twice(self, world):
+        seen = [world.listener]
+        for _ in range(20):
+            sock, conid = world.client()
+            sock.close()
+            world.until(lambda: not world.ops.connections())
+            seen.append(conid)
+        assert seen == sorted(set(seen))
+
+    def test_3_closed_loop(self, world):
+        _, conid = world.client()
+        world.ops.close()
+        for name, function in every_function(world.ops).items():
+            assert function(conid) == -1
+
+
+class TestSpec_3_1:
+    """3.1. tcp_conid_alive(conid)."""
+
+    def test_3_1_ok_is_1(self, world):
+        sock, conid = world.client()
+        assert world.ops.tcp_conid_alive(conid) is Result.SUCCESS
+        world.talk(sock)
+        assert world.ops.tcp_conid_alive(conid) is Result.SUCCESS
+
+    def test_3_1_errors_are_minus_1(self, world):
+        sock, conid = world.client()
+        rst(sock)
+        assert world.ops.tcp_conid_alive(conid) is Result.FAILURE
+
+    def test_3_1_about_to_be_closed_is_minus_1(self, world):
+        sock, conid = world.client()
+        world.fill(conid)
+        assert world.ops.tcp_close_connection(conid) == 1
+        assert world.ops.tcp_conid_alive(conid) is Result.FAILURE
+        other, conid = world.client()
+        other.close()
+        assert world.ops.tcp_conid_alive(conid) is Result.FAILURE
+
+    def test_3_1_does_not_exist_is_minus_1(self, world):
+        assert world.ops.tcp_conid_alive(999) is Result.FAILURE
+
+    def test_3_1_example_1_2(self, world):
+        ops = world.ops
+        told = []
+        sock, conid = world.client()
+        for _ in range(2):
+            if not ops.tcp_conid_alive(str(conid)):
+                told.append(f"Connection {conid} can no longer be used")
+            sock.close()
+        assert told == [f"Connection {conid} can no longer be used"]
+
+
+class TestSpec_3_2:
+    """3.2. tcp_conid_state(conid)."""
+
+    def test_3_2_1_after_a_message(self, world):
+        sock, conid = world.client()
+        world.talk(sock)
+        assert world.ops.tcp_conid_state(conid) is State.OK
+
+    def test_3_2_1_after_a_byte_of_ours(self, world):
+        _, conid = world.client()
+        world.ops.send(conid, b"x")
+        assert world.ops.tcp_conid_state(conid) is State.OK
+
+    def test_3_2_1_where_a_byte_waits_unread(self, world):
+        sock, conid = world.client()
+        sock.send(b"x")
+        assert world.ops.tcp_conid_state(conid) is State.OK
+
+    def test_3_2_1_attached_and_connected(self, world):
+        left, right = tcp_pair()
+        with left:
+            assert world.ops.tcp_conid_state(world.ops.attach(right)) == 1
+        _, conid = world.outgoing()
+        assert world.ops.tcp_conid_state(conid) is State.OK
+
+    def test_3_2_2_a_silent_accepted_connection(self, world):
+        _, conid = world.client()
+        assert world.ops.tcp_conid_state(conid) is State.ACCEPT
+
+    def test_3_2_2_a_listener(self, world):
+        assert world.ops.tcp_conid_state(world.listener) is State.ACCEPT
+
+    def test_3_2_3_setting_up(self, world):
+        with full_backlog() as address:
+            conid = world.ops.connect(*address)
+            assert world.ops.tcp_conid_state(conid) is State.CONNECT
+            world.settle()
+            assert world.ops.tcp_conid_state(conid) is State.CONNECT
+            assert world.ops.tcp_conid_alive(conid) is Result.SUCCESS
+
+    def test_3_2_3_refused_is_an_error(self, world):
+        conid = world.ops.connect("127.0.0.1", 1)
+        assert world.ops.tcp_conid_state(conid) is State.ERROR
+        assert world.ops.tcp_conid_state(conid) is State.ERROR  # latched
+        event = world.end(conid)
+        assert (event.reason, event.errno) == ("reset", errno.ECONNREFUSED)
+
+    def test_3_2_minus_1_closed(self, world):
+        sock, conid = world.client()
+        sock.close()
+        world.end(conid)
+        assert world.ops.tcp_conid_state(conid) is State.NOT_FOUND
+
+    def test_3_2_minus_1_as_soon_as_we_have_closed(self, world):
+        sock, conid = world.client()
+        assert world.ops.tcp_close_connection(conid) == 1
+        assert world.ops.tcp_conid_state(conid) is State.NOT_FOUND
+        assert world.ops.connection(conid) is None
+
+    def test_3_2_minus_1_while_what_is_queued_goes_out(self, world):
+        sock, conid = world.client()
+        world.fill(conid)
+        assert world.ops.tcp_close_connection(conid) == 1
+        assert world.ops.tcp_conid_state(conid) is State.NOT_FOUND
+        assert not world.ends()
+
+    def test_3_2_minus_1_even_if_the_peer_closed_first(self, world):
+        sock, conid = world.client()
+        sock.close()
+        assert world.ops.tcp_conid_state(conid) is State.EOF
+        assert world.ops.tcp_close_connection(conid) == 1
+        assert world.ops.tcp_conid_state(conid) is State.NOT_FOUND
+        assert world.end(conid).reason == "eof"  # that came first
+
+    def test_3_2_minus_2_fin(self, world):
+        sock, conid = world.client()
+        sock.close()
+        for _ in range(3):
+            assert world.ops.tcp_conid_state(conid) is State.EOF
+        assert world.end(conid).reason == "eof"
+
+    @pytest.mark.skipif(not LINUX, reason="needs Linux' TCP_INFO")
+    def test_3_2_minus_2_fin_behind_unread_data(self, world):
+        sock, conid = world.client()
+        sock.send(b"last words")
+        sock.close()
+        assert world.ops.tcp_conid_state(conid) is State.EOF
+        assert world.end(conid).reason == "eof"
+        assert [msg.data for msg in world.messages] == [b"last words"]
+
+    def test_3_2_minus_2_rst_after_fin(self, world):
+        sock, conid = world.client()
+        sock.close()
+        world.ops.send(conid, b"x")
+        assert world.ops.tcp_conid_state(conid) is State.EOF
+        event = world.end(conid)
+        assert (event.reason, event.errno) == ("eof", None)
+
+    def test_3_2_minus_3_rst(self, world):
+        sock, conid = world.client()
+        rst(sock)
+        for _ in range(3):
+            assert world.ops.tcp_conid_state(conid) is State.ERROR
+        event = world.end(conid)
+        assert (event.reason, event.errno) == ("reset", errno.ECONNRESET)
+
+    def test_3_2_minus_4_closed_behind_our_back(self, world):
+        left, right = tcp_pair()
+        conid = world.ops.attach(right)
+        world.settle()
+        right.close()
+        for _ in range(3):
+            assert world.ops.tcp_conid_state(conid) is State.BAD
+        event = world.end(conid)
+        assert (event.reason, event.errno) == ("error", errno.EBADF)
+        left.close()
+
+    def test_3_2_a_probe_steals_no_reason(self, world):
+        """What SO_ERROR consumed must come back in the event, at once."""
+        sock, conid = world.client()
+        sock.send(b"before")
+        rst(sock)
+        assert world.ops.tcp_conid_state(conid) is State.ERROR
+        world.ops.step(0)
+        (event,) = world.ends(conid)
+        assert event.reason == "reset" and event.bytes_in == 6
+        assert world.messages[0].data == b"before"
+
+    def test_3_2_in_the_handlers(self, world):
+        seen = {}
+
+        def on_event(event):
+            if event.reason:
+                assert world.ops.conid == event.conid
+                assert world.ops.event is event
+                seen[event.reason] = (
+                    world.ops.tcp_conid_state(event.conid),
+                    world.ops.tcp_conid_state(),
+                    world.ops.tcp_conid_alive())
+        world.on_event = on_event
+        fin, _ = world.client()
+        fin.close()
+        reset, _ = world.client()
+        rst(reset)
+        world.ops.tcp_close_connection(world.client()[1])
+        world.ops.tcp_set_connection_lifetime(world.client()[1], 0)
+        world.until(lambda: len(seen) == 4)
+        assert seen == {"eof": (-2, -2, -1), "reset": (-3, -3, -1),
+                        "closed": (-1, -1, -1), "lifetime": (-3, -3, -1)}
+
+    def test_3_2_example_1_3(self, world):
+        ops = world.ops
+        told = []
+        sock, conid = world.client()
+        for _ in range(2):
+            if not ops.tcp_conid_state(conid):
+                told.append(f"Connection {conid} is closed or malfunctional")
+            rst(sock) if sock.fileno() > 0 else None
+        assert told == [f"Connection {conid} is closed or malfunctional"]
+
+
+KEEPALIVE_WRONG = [
+    (0, 5, 5), (60, 0, 5), (60, 5, 0), (-1, -1, -1), (32768, 5, 5),
+    (60, 128, 5), (60, 5, 32768), (99999, 999, 99999), (2 ** 40, 5, 5),
+    ("x", 5, 5), (60, None, 5), (60, 5, True), (1.5, 5, 5), (60, 5.0, 5),
+    (float("nan"), 5, 5), (60, float("inf"), 5), ("60s", 5, 5), ([], 5, 5),
+    ("", 5, 5), (60, "5.0", 5)]
+
+
+class TestSpec_3_3:
+    """3.3. tcp_keepalive_enable([conid], idle, count, interval)."""
+
+    def kernel(self, world, conid):
+        """Return what the kernel says."""
+        sock = world.ops._table.get(conid).sock
+        return (sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE),
+                sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE),
+                sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT),
+                sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL))
+
+    def test_3_3_sets_what_the_kernel_then_has(self, world):
+        _, conid = world.client()
+        result = world.ops.tcp_keepalive_enable(conid, 60, 4, 5)
+        assert result is Result.SUCCESS
+        assert self.kernel(world, conid) == (1, 60, 4, 5)
+        assert world.ops.connection(conid).keepalive == Keepalive(60, 4, 5)
+        assert world.ops.tcp_keepalive_enable(conid, "61", "3", "2") == 1
+        assert self.kernel(world, conid) == (1, 61, 3, 2)
+
+    def test_3_3_keywords(self, world):
+        _, conid = world.client()
+        ops = world.ops
+        assert ops.tcp_keepalive_enable(conid, idle=9, count=8, interval=7)
+        assert self.kernel(world, conid) == (1, 9, 8, 7)
+        assert ops.tcp_keepalive_enable(idle=1, count=2, interval=3,
+                                        conid=conid)
+        assert self.kernel(world, conid) == (1, 1, 2, 3)
+
+    def test_3_3_wrong_arguments(self, world, logged):
+        _, conid = world.client()
+        ops = world.ops
+        calls = [((), {}), ((1, 2), {}), ((conid, 1, 2, 3, 4), {}),
+                 ((conid, 1, 2), {"idle": 4}), ((1, 2), {"conid": conid}),
+                 ((conid, 1, 2, 3), {"count": 1}), ((conid, 1, 2), {"x": 3})]
+        for args, named in calls:
+            assert ops.tcp_keepalive_enable(*args, **named) == -1
+        assert len(logged) == len(calls)
+        assert ops.connection(conid).keepalive is None
+
+    @pytest.mark.parametrize("values", KEEPALIVE_WRONG)
+    def test_3_3_out_of_range_changes_nothing(self, world, logged, values):
+        _, conid = world.client()
+        untouched = self.kernel(world, conid)
+        assert world.ops.tcp_keepalive_enable(conid, *values) == -1
+        assert self.kernel(world, conid) == untouched
+        assert world.ops.tcp_keepalive_enable(conid, 60, 5, 4) == 1
+        before = world.ops.connection(conid)
+        logged.clear()
+        assert world.ops.tcp_keepalive_enable(conid, *values) == -1
+        assert len(logged) == 1
+        assert self.kernel(world, conid) == (1, 60, 5, 4)
+        after = world.ops.connection(conid)
+        assert after.keepalive == before.keepalive
+        assert after.deadline == before.deadline
+
+    def test_3_3_where_the_platform_lacks_the_options(self, world, logged,
+                                                      monkeypatch):
+        _, conid = world.client()
+        monkeypatch.delattr(socket, "TCP_KEEPIDLE")
+        monkeypatch.delattr(socket, "TCP_KEEPALIVE", raising=False)
+        assert world.ops.tcp_keepalive_enable(conid, 60, 5, 5) == -1
+        assert "TCP_KEEPIDLE or TCP_KEEPALIVE" in logged[0]
+        assert world.ops.connection(conid).keepalive is None
+
+    def test_3_3_while_connecting(self, world):
+        with full_backlog() as address:
+            conid = world.ops.connect(*address)
+            assert world.ops.tcp_keepalive_enable(conid, 60, 5, 5) == 1
+            assert self.kernel(world, conid) == (1, 60, 5, 5)
+
+    @real_time
+    def test_3_3_a_peer_that_vanishes_idle(self, world):
+        """The kernel probes: 1 s of silence, one probe, 1 s for its answer."""
+        sock, conid = world.client()
+        world.talk(sock)
+        assert world.ops.tcp_keepalive_enable(conid, 1, 1, 1) == 1
+        vanish(sock)
+        event = world.end(conid)
+        assert (event.name, event.reason) == ("tcp:timeout", "keepalive")
+        assert event.errno == errno.ETIMEDOUT and 1.5 < event.age < 3
+
+    @real_time
+    @pytest.mark.skipif(not LINUX, reason="needs Linux' TCP_INFO")
+    def test_3_3_a_peer_that_vanishes_with_data_in_flight(self, world):
+        """The kernel does not probe then, and would wait for 15 minutes."""
+        sock, conid = world.client()
+        world.talk(sock)
+        assert world.ops.tcp_keepalive_enable(conid, 1, 2, 1) == 1
+        vanish(sock)
+        world.ops.send(conid, b"is there anybody?")
+        event = world.end(conid)
+        assert (event.name, event.reason) == ("tcp:timeout", "keepalive")
+        assert event.errno == errno.ETIMEDOUT and 2.9 < event.age < 4
+
+    @real_time
+    def test_3_3_a_living_peer_with_a_shut_window(self, make_world):
+        """It acknowledges the kernel's window probes: it lives."""
+        world = make_world()
+        sock, conid = world.client()
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        assert world.ops.tcp_keepalive_enable(conid, 1, 1, 1) == 1
+        world.fill(conid)
+        start = time.monotonic()
+        while time.monotonic() < start + 4.5:
+            world.ops.step(0.5)
+        assert not world.ends() and world.ops.tcp_conid_alive(conid)
+
+    @real_time
+    def test_3_3_a_silent_living_peer(self, world):
+        """It answers the probes, far beyond the limit."""
+        sock, conid = world.client()
+        assert world.ops.tcp_keepalive_enable(conid, 1, 1, 1) == 1
+        start = time.monotonic()
+        while time.monotonic() < start + 3.5:
+            world.ops.step(0.5)
+        assert not world.ends() and world.ops.tcp_conid_alive(conid)
+
+    def test_3_3_the_deadline_asks_the_kernel(self, timed, monkeypatch):
+        """Our clock says that it is time; TCP_INFO decides."""
+        sock, conid = timed.client()
+        timed.ops.tcp_set_connection_lifetime(conid, 10 ** 6)
+        assert timed.ops.tcp_keepalive_enable(conid, 2, 3, 1) == 1
+        asked = []
+
+        def answers(*infos):
+            def tcp_info(_sock):
+                asked.append(timed.clock())
+                return infos[min(len(asked), len(infos)) - 1]
+            monkeypatch.setattr(tcpops, "tcp_info", tcp_info)
+            asked.clear()
+
+        start = timed.clock()
+        answers(tcpops.TcpInfo(1, 0, 2.0), tcpops.TcpInfo(1, 0, 7.0),
+                tcpops.TcpInfo(1, 1, 8.0), tcpops.TcpInfo(1, 0, 9.0),
+                tcpops.TcpInfo(1, 1, 9.0), tcpops.TcpInfo(1, 1, 9.0))
+        for _ in range(400):
+            timed.clock.advance(0.25)
+            timed.ops.step(0)
+            if timed.ends():
+                break
+        # The limit; 3 s later, as it was silent for 2; each interval then.
+        assert [when - start for when in asked] == [5, 8, 9, 10, 11, 12]
+        assert timed.end(conid).reason == "keepalive"
+
+    def test_3_3_without_tcp_info_the_kernel_alone_decides(
+            self, timed, monkeypatch):
+        _, conid = timed.client()
+        timed.ops.tcp_set_connection_lifetime(conid, 10 ** 6)
+        timed.ops.tcp_keepalive_enable(conid, 1, 1, 1)
+        monkeypatch.setattr(tcpops, "tcp_info", lambda sock: None)
+        timed.clock.advance(100)
+        timed.settle()
+        assert not timed.ends()
+
+    def test_3_3_the_deadline_leaves_connecting_alone(self, make_world,
+                                                      clock):
+        world = make_world(clock=clock, connect_timeout=100)
+        with full_backlog() as address:
+            conid = world.ops.connect(*address)
+            world.ops.tcp_keepalive_enable(conid, 1, 1, 1)
+            clock.advance(50)
+            world.settle()
+            assert world.ops.tcp_conid_state(conid) is State.CONNECT
+
+    def test_3_3_example_1_4(self, make_world):
+        """On 200 to an INVITE, both legs get keepalive."""
+        world = make_world(framing="line")
+        ops = world.ops
+        avp = {}
+
+        @ops.request_route
+        def request(msg):
+            if msg.data.startswith(b"INVITE"):
+                avp["caller_conid"] = ops.conid
+                ops.forward(callee_address, msg.data)
+
+        @ops.onreply_route
+        def foo(msg):
+            if msg.data.startswith(b"200"):
+                assert ops.tcp_keepalive_enable("60", "5", "5")
+                assert ops.tcp_keepalive_enable(avp["caller_conid"], "60",
+                                                "5", "2")
+                ops.send(avp["caller_conid"], msg.data)
+
+        server = world.server()
+        callee_address = "127.0.0.1:%d" % server.getsockname()[1]
+        caller, caller_conid = world.client()
+        caller.sendall(b"INVITE\r\n")
+        world.until(lambda: len(world.events) == 2)
+        callee = world.accept(server)
+        assert callee.recv(99) == b"INVITE\n"
+        callee.sendall(b"200 OK\r\n")
+        world.until(lambda: ops.connection(caller_conid).keepalive)
+        assert caller.recv(99) == b"200 OK\n"
+        assert ops.connection(caller_conid).keepalive == (60, 5, 2)
+        callee_conid = ops.tcp_get_conid(callee_address)
+        assert ops.connection(callee_conid).keepalive == (60, 5, 5)
+
+
+class TestSpec_3_4:
+    """3.4. tcp_keepalive_disable([conid])."""
+
+    def test_3_4_off_in_the_kernel_and_with_us(self, timed, monkeypatch):
+        sock, conid = timed.client()
+        timed.ops.tcp_set_connection_lifetime(conid, 10 ** 6)
+        timed.ops.tcp_keepalive_enable(conid, 1, 1, 1)
+        assert timed.ops.tcp_keepalive_disable(conid) is Result.SUCCESS
+        raw = timed.ops._table.get(conid).sock
+        assert not raw.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        assert timed.ops.connection(conid).keepalive is None
+        monkeypatch.setattr(tcpops, "tcp_info", None)  # must not be asked
+        timed.clock.advance(1000)
+        timed.settle()
+        assert not timed.ends()
+
+    def test_3_4_where_it_was_off(self, world):
+        _, conid = world.client()
+        assert world.ops.tcp_keepalive_disable(conid) is Result.SUCCESS
+
+    def test_3_4_a_dead_descriptor_is_minus_1(self, world, logged):
+        left, right = tcp_pair()
+        conid = world.ops.attach(right)
+        right.close()
+        assert world.ops.tcp_keepalive_disable(conid) == -1
+        assert world.ops.tcp_keepalive_enable(conid, 1, 1, 1) == -1
+        assert len(logged) == 2
+        assert world.ops.connection(conid).keepalive is None
+        left.close()
+
+    def test_3_4_example_1_5(self, world):
+        ops = world.ops
+        one, first = world.client()
+        two, second = world.client()
+        for conid in (first, second):
+            assert ops.tcp_keepalive_enable(conid, 60, 5, 5)
+
+        def on_message(msg):
+            assert ops.tcp_keepalive_disable()
+            assert ops.tcp_keepalive_disable(str(first))
+        world.on_message = on_message
+        world.talk(two, b"BYE")
+        for conid in (first, second):
+            assert ops.connection(conid).keepalive is None
+
+
+LIFETIME_WRONG = [-1, "-1", -0.001, 2 ** 31, "2147483648", "x", "", "5s",
+                  None, True, float("nan"), float("inf"), "nan", "inf", [],
+                  b"5", 5j, "1e3", "٣"]
+
+
+class TestSpec_3_5:
+    """3.5. tcp_set_connection_lifetime([conid], lifetime)."""
+
+    def test_3_5_idle_connections_end_on_time(self, timed):
+        _, short = timed.client()
+        _, long = timed.client()
+        ops = timed.ops
+        assert ops.tcp_set_connection_lifetime(short, 5) is Result.SUCCESS
+        assert ops.tcp_set_connection_lifetime(long, "3605") == 1
+        timed.clock.advance(4.99)
+        timed.settle()
+        assert not timed.ends()
+        timed.clock.advance(0.01)
+        event = timed.end(short)
+        assert (event.name, event.reason, event.errno) == (
+            "tcp:timeout", "lifetime", None)
+        timed.clock.advance(3599.99)
+        timed.settle()
+        assert not timed.ends(long)
+        timed.clock.advance(0.01)
+        assert timed.end(long).detail == "idle for 3605 s"
+
+    def test_3_5_the_default(self, make_world, clock):
+        world = make_world(clock=clock, connection_lifetime=10)
+        _, conid = world.client()
+        clock.advance(9.9)
+        world.settle()
+        assert not world.ends()
+        clock.advance(0.1)
+        assert world.end(conid).reason == "lifetime"
+
+    def test_3_5_raised_and_lowered(self, timed):
+        _, conid = timed.client()
+        ops = timed.ops
+        for lifetime, left in ((30, 30), (2, 2), (100, 100), (0.5, 0.5)):
+            timed.clock.advance(0.1)
+            assert ops.tcp_set_connection_lifetime(conid, lifetime) == 1
+            assert ops.connection(conid).lifetime == lifetime
+            assert ops.connection(conid).deadline == timed.clock() + left
+        timed.clock.advance(0.5)
+        assert timed.end(conid).reason == "lifetime"
+
+    def test_3_5_bytes_in_either_direction_renew_it(self, timed):
+        sock, conid = timed.client()
+        timed.ops.tcp_set_connection_lifetime(conid, 10)
+        for _ in range(5):
+            timed.clock.advance(9)
+            timed.talk(sock)
+            timed.clock.advance(9)
+            assert timed.ops.send(conid, b"x") == 1
+            timed.settle()
+        assert not timed.ends()
+        timed.clock.advance(10)
+        assert timed.end(conid).reason == "lifetime"
+
+    def test_3_5_nothing_else_renews_it(self, timed):
+        sock, conid = timed.client()
+        timed.ops.tcp_set_connection_lifetime(conid, 10)
+        timed.clock.advance(9)
+        timed.ops.send(conid, b"")
+        timed.ops.tcp_conid_state(conid)
+        timed.ops.tcp_keepalive_enable(conid, 60, 5, 5)
+        timed.clock.advance(1)
+        assert timed.end(conid).reason == "lifetime"
+
+    def test_3_5_what_is_queued_renews_it_as_it_goes(self, timed):
+        sock, conid = timed.client()
+        timed.ops.tcp_set_connection_lifetime(conid, 8)
+        timed.fill(conid)
+        conn = timed.ops._table.get(conid)
+        while conn.out:
+            before = conn.bytes_out
+            while conn.bytes_out == before:
+                sock.recv(1 << 20)
+                timed.ops.step(0)
+            timed.clock.advance(7)
+            timed.settle()
+            assert not timed.ends()
+
+    def test_3_5_zero_expires_in_the_next_turn(self, timed):
+        _, conid = timed.client()
+        assert timed.ops.tcp_set_connection_lifetime(conid, 0) == 1
+        assert not timed.ends()
+        assert timed.ops.step(0) > 0
+        assert timed.end(conid).reason == "lifetime"
+
+    def test_3_5_zero_in_a_handler_spares_the_reply(self, world):
+        sock, conid = world.client()
+
+        def on_message(msg):
+            world.ops.tcp_set_connection_lifetime(0)
+            msg.reply(b"bye")
+        world.on_message = on_message
+        world.talk(sock)
+        assert world.end(conid).reason == "lifetime"
+        assert sock.recv(9) == b"bye" and sock.recv(9) == b""
+
+    @pytest.mark.parametrize("lifetime", LIFETIME_WRONG)
+    def test_3_5_wrong_values_change_nothing(self, timed, logged, lifetime):
+        _, conid = timed.client()
+        timed.ops.tcp_set_connection_lifetime(conid, 7)
+        before = timed.ops.connection(conid)
+        timed.clock.advance(1)
+        assert timed.ops.tcp_set_connection_lifetime(conid, lifetime) == -1
+        assert len(logged) == 1 and "lifetime" in logged[0]
+        after = timed.ops.connection(conid)
+        assert after.lifetime == 7 and after.deadline == before.deadline
+
+    def test_3_5_keywords(self, world):
+        _, conid = world.client()
+        ops = world.ops
+        assert ops.tcp_set_connection_lifetime(conid, lifetime=5)
+        assert ops.tcp_set_connection_lifetime(lifetime=6, conid=conid)
+        assert ops.connection(conid).lifetime == 6
+        assert ops.tcp_set_connection_lifetime(lifetime=6) == -1
+        assert ops.tcp_set_connection_lifetime() == -1
+
+    def test_3_5_the_longest(self, timed):
+        _, conid = timed.client()
+        assert timed.ops.tcp_set_connection_lifetime(conid, 2 ** 31 - 1) == 1
+        assert timed.ops.step(0.001) == 0  # epoll could not wait that long
+
+    def test_3_5_50000_times_leave_the_heap_small(self, world):
+        _, conid = world.client()
+        _, other = world.client()
+        for n in range(50000):
+            world.ops.tcp_set_connection_lifetime(conid, 5000 - n / 100)
+        assert len(world.ops._deadlines) <= 2 * 2 + 8
+        for n in range(50000):
+            world.ops.tcp_set_connection_lifetime(conid, 5000)
+        assert len(world.ops._deadlines) <= 2 * 2 + 8
+
+    def test_3_5_traffic_adds_nothing_to_the_heap(self, world):
+        sock, conid = world.client()
+        for _ in range(2000):
+            world.talk(sock)
+        assert len(world.ops._deadlines) <= 2
+
+    def test_3_5_waits_are_exact(self, clock):
+        """A whole run over hours, in no time: what select is asked."""
+        with tcpops.TcpOps(clock=clock) as ops:
+            pairs = [tcp_pair() for _ in range(3)]
+            for (client, server), lifetime in zip(pairs, (3, 120, 3605)):
+                conid = ops.attach(server)
+                ops.tcp_set_connection_lifetime(conid, lifetime)
+            ops.step(0)
+            fake = FakeSelector(clock)
+            real, ops._select = ops._select, fake.select
+            ended = []
+            ops.event_route("tcp:timeout")(
+                lambda event: ended.append(clock.now))
+            while ops.connections():
+                ops.step()
+            ops._select = real
+            assert fake.waits == [3, 117, 3485]
+            assert ended == [1003, 1120, 4605]
+            fake.close()
+            for client, _ in pairs:
+                client.close()
+
+    def test_3_5_example_1_6(self, make_world, clock):
+        world = make_world(clock=clock, connection_lifetime=10)
+        ops = world.ops
+
+        def on_message(msg):
+            if msg.data.startswith(b"REGISTER"):
+                assert ops.tcp_set_connection_lifetime("3605")
+        world.on_message = on_message
+        sock, registered = world.client()
+        _, stranger = world.client()
+        world.talk(sock, b"REGISTER")
+        clock.advance(10)
+        assert world.end(stranger).reason == "lifetime"
+        assert ops.tcp_conid_alive(registered)
+        assert ops.connection(registered).lifetime == 3605
+
+    @real_time
+    @pytest.mark.parametrize("count", [1000])
+    def test_3_5_in_real_time(self, world, count):
+        """Each ends within 50 ms of its own deadline, also on a busy machine
+        nearly all do (the README has the figures of an idle one)."""
+        socks, deadlines, late = [], {}, []
+        for _ in range(count):
+            left, right = tcp_pair()
+            socks.append(left)
+            conid = world.ops.attach(right)
+            lifetime = random.Random(conid).uniform(0.2, 1.5)
+            world.ops.tcp_set_connection_lifetime(conid, lifetime)
+            deadlines[conid] = time.monotonic() + lifetime
+        world.on_event = lambda event: event.reason and late.append(
+            time.monotonic() - deadlines[event.conid])
+        world.until(lambda: len(late) == count)
+        assert min(late) > -0.001
+        assert sorted(late)[count // 2] < 0.05
+        assert len(world.ends()) == count
+        for sock in socks:
+            sock.close()
+
+
+class TestSpec_3_6:
+    """3.6. tcp_enable_closed_event([conid])."""
+
+    @pytest.mark.parametrize("mode", [0, 1, 2])
+    def test_3_6_with_a_conid(self, make_world, mode):
+        world = make_world(closed_event=mode)
+        _, conid = world.client()
+        result = world.ops.tcp_enable_closed_event(conid)
+        assert result is Result.SUCCESS
+
+    @pytest.mark.parametrize("mode, result", [(0, -1), (1, -1), (2, 1)])
+    def test_3_6_without_a_conid(self, make_world, logged, mode, result):
+        world = make_world(closed_event=mode)
+        sock, _ = world.client()
+        results = []
+        world.on_message = lambda msg: results.append(
+            world.ops.tcp_enable_closed_event())
+        world.talk(sock)
+        assert results == [result]
+        assert len(logged) == (result < 0)
+
+    def test_3_6_in_the_opened_handler(self, make_world):
+        world = make_world(closed_event=2)
+        world.on_event = lambda event: (
+            event.reason is None and world.ops.tcp_enable_closed_event())
+        sock, conid = world.client()
+        sock.close()
+        assert world.end(conid).reason == "eof"
+
+    def test_3_6_example_1_7(self, make_world):
+        world = make_world()
+        ops = world.ops
+        ops.modparam("tcpops", "closed_event", 2)
+        told = []
+
+        def on_message(msg):
+            if msg.data.startswith(b"REGISTER"):
+                assert ops.tcp_enable_closed_event()
+        world.on_message = on_message
+
+        @ops.event_route("tcp:closed")
+        def closed(event):
+            told.append(f"connection {ops.conid} was closed")
+        one, registered = world.client()
+        two, stranger = world.client()
+        world.talk(one, b"REGISTER")
+        world.talk(two, b"hello")
+        one.close()
+        two.close()
+        world.until(lambda: not ops.connections())
+        world.settle()
+        assert told == [f"connection {registered} was closed"]
+
+
+class TestLaterReleases:
+    """tcp_close_connection, tcp_get_conid, tcp_con_alive, the otcpid pair."""
+
+    def test_close_tells_the_peer_with_fin(self, world):
+        sock, conid = world.client()
+        assert world.ops.tcp_close_connection(conid) is Result.SUCCESS
+        assert sock.recv(9) == b""
+        event = world.end(conid)
+        assert (event.name, event.reason) == ("tcp:closed", "closed")
+
+    def test_close_twice_is_minus_1(self, world):
+        _, conid = world.client()
+        assert world.ops.tcp_close_connection(conid) == 1
+        assert world.ops.tcp_close_connection(conid) == -1
+
+    def test_close_of_itself_sends_the_reply_first(self, world):
+        sock, conid = world.client()
+        results = []
+
+        def on_message(msg):
+            results.append(msg.reply(b"bye"))
+            results.append(world.ops.tcp_close_connection())
+            results.append(msg.reply(b"too late"))
+        world.on_message = on_message
+        world.talk(sock)
+        assert results == [1, 1, -1]
+        assert world.end(conid).reason == "closed"
+        assert sock.recv(99) == b"bye" and sock.recv(9) == b""
+
+    def test_close_sends_all_that_is_queued(self, world):
+        sock, conid = world.client()
+        world.fill(conid)
+        queued = len(world.ops._table.get(conid).out)
+        total = world.ops.connection(conid).bytes_out + queued
+        assert world.ops.tcp_close_connection(conid) == 1
+        got = 0
+        while got < total:
+            world.ops.step(0)
+            got += len(sock.recv(1 << 20))
+        assert sock.recv(9) == b"" and got == total
+        assert world.end(conid).bytes_out == total
+
+    def test_close_with_unread_input_is_a_fin_all_the_same(self, world):
+        """Unread bytes would turn it into an RST that destroys the reply."""
+        sock, conid = world.client()
+        world.ops.send(conid, b"farewell")
+        sock.send(b"not read any more")
+        world.ops.tcp_close_connection(conid)
+        assert sock.recv(99) == b"farewell" and sock.recv(9) == b""
+
+    def test_close_a_listener(self, world):
+        _, conid = world.client()
+        assert world.ops.tcp_close_connection(world.listener) == 1
+        assert world.ops.tcp_conid_state(world.listener) == -1
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", world.port), 5)
+        world.settle()
+        assert not world.ends() and world.ops.tcp_conid_alive(conid)
+
+    def test_close_while_connecting(self, world):
+        with full_backlog() as address:
+            conid = world.ops.connect(*address)
+            world.ops.send(conid, b"never sent")
+            assert world.ops.tcp_close_connection(conid) == 1
+            assert world.end(conid).reason == "closed"
+
+    def test_get_conid(self, world):
+        sock, conid = world.client()
+        host, port = sock.getsockname()
+        ops = world.ops
+        for address in (f"{host}:{port}", f"sip:{host}:{port}",
+                        f"sip:bob@{host}:{port};transport=tcp",
+                        f"localhost:{port}"):
+            assert ops.tcp_get_conid(address) == conid
+            assert ops.tcp_con_alive(address) is Result.SUCCESS
+        sock.close()
+        world.end(conid)
+        assert ops.tcp_get_conid(f"{host}:{port}") == -1
+        assert ops.tcp_con_alive(f"{host}:{port}") is Result.FAILURE
+
+    def test_get_conid_port_defaults_to_5060(self, world):
+        with socket.socket() as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind(("127.5.0.60", 5060))
+            sock.connect(("127.0.0.1", world.port))
+            world.until(lambda: world.events)
+            conid = world.events[-1].conid
+            assert world.ops.tcp_get_conid("127.5.0.60") == conid
+            assert world.ops.tcp_get_conid("sip:127.5.0.60") == conid
+            assert world.ops.tcp_get_conid("sips:127.5.0.60") == -1
+            rst(sock)
+
+    def test_get_conid_ipv6(self, world):
+        listener = world.ops.listen("::1", 0)
+        port = world.ops.connection(listener).Rp
+        with socket.create_connection(("::1", port)) as sock:
+            world.until(lambda: world.events)
+            address = "[0:0::1]:%d" % sock.getsockname()[1]
+            assert world.ops.tcp_get_conid(address) == world.events[0].conid
+            assert world.events[0].si == "::1"
+
+    def test_get_conid_of_two_with_one_peer(self, world):
+        """One port of one host, connected to two addresses of ours."""
+        ops = world.ops
+        listeners = [ops.listen(f"127.0.0.{n}", 0) for n in (2, 3, 4)]
+        socks, conids = [], []
+        for listener in listeners:
+            sock = socket.socket()
+            world.socks.append(sock)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind(socks[0].getsockname() if socks else ("127.0.0.1", 0))
+            info = ops.connection(listener)
+            sock.connect((info.Ri, info.Rp))
+            socks.append(sock)
+            count = len(world.events)
+            world.until(lambda: len(world.events) > count)
+            conids.append(world.events[-1].conid)
+        address = "%s:%d" % socks[0].getsockname()
+        assert ops.tcp_get_conid(address) == conids[2]
+        for closed, found in ((conids[0], conids[2]), (conids[2], conids[1]),
+                              (conids[1], -1)):
+            ops.tcp_close_connection(closed)
+            assert ops.tcp_get_conid(address) == found
+
+    @pytest.mark.parametrize("address", [
+        "", "nonsense:", None, 5060, True, b"127.0.0.1:1", "a..b:1",
+        "no-such-host.invalid:1", "x" * 70 + ":1", "[::zz]:1"])
+    def test_wrong_addresses_are_minus_1(self, world, logged, address):
+        ops = world.ops
+        assert ops.tcp_get_conid(address) == -1
+        assert ops.tcp_con_alive(address) == -1
+        assert ops.forward(address, b"x") == -1
+        assert len(logged) == 3 and not ops.connections()
+
+    def test_an_unknown_peer_is_no_mistake(self, world, logged):
+        assert world.ops.tcp_get_conid("127.0.0.1:9") == -1
+        assert world.ops.tcp_con_alive("127.0.0.1:9") == -1
+        assert not logged
+
+    def test_con_alive_probes(self, world):
+        sock, conid = world.client()
+        address = "%s:%d" % sock.getsockname()
+        rst(sock)
+        assert world.ops.tcp_con_alive(address) is Result.FAILURE
+
+    def otcpid(self, world, flag, target):
+        """Forward to one peer with otcpid naming another."""
+        ops = world.ops
+        one, first = world.client()
+        two, second = world.client()
+        three, _ = world.client()
+        results = []
+
+        def on_message(msg):
+            if target:
+                results.append(ops.tcp_set_otcpid(second))
+            results.extend(ops.tcp_set_otcpid_flag(mode) for mode in flag)
+            results.append(ops.forward("%s:%d" % one.getsockname(), b"x"))
+        world.on_message = on_message
+        world.talk(three)
+        assert set(results) == {1}
+        got = []
+        for sock in (one, two):
+            sock.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                got.append((sock is one, sock.recv(9)))
+        return got
+
+    @pytest.mark.parametrize("flag, target, to_one", [
+        ([], True, True),            # the flag is off
+        ([1], True, False),
+        (["1"], True, False),
+        ([5, 0], True, True),        # off again
+        ([1], False, True),          # no conid named
+    ])
+    def test_otcpid(self, world, flag, target, to_one):
+        assert self.otcpid(world, flag, target) == [(to_one, b"x")]
+
+    def test_otcpid_is_for_one_message(self, world):
+        sock, conid = world.client()
+        other, there = world.client()
+        address = "%s:%d" % sock.getsockname()
+
+        def on_message(msg):
+            if msg.data == b"first":
+                world.ops.tcp_set_otcpid(there)
+                world.ops.tcp_set_otcpid_flag(1)
+            else:
+                world.ops.forward(address, b"to sock")
+        world.on_message = on_message
+        world.talk(sock, b"first")
+        world.talk(sock, b"second")
+        assert sock.recv(99) == b"to sock"
+
+    def test_otcpid_outside_of_a_message(self, world, logged):
+        ops = world.ops
+        _, conid = world.client()
+        results = []
+        world.on_event = lambda event: results.append(
+            (ops.tcp_set_otcpid(conid), ops.tcp_set_otcpid_flag(1)))
+        world.client()
+        assert (ops.tcp_set_otcpid(conid), ops.tcp_set_otcpid_flag(1)) \
+            == (-1, -1)
+        assert results == [(-1, -1)] and len(logged) == 4
+
+    def test_otcpid_wrong_values(self, world, logged):
+        sock, conid = world.client()
+        results = []
+
+        def on_message(msg):
+            for wrong in (None, True, "x", 999, world.listener):
+                results.append(world.ops.tcp_set_otcpid(wrong))
+            for wrong in (None, True, "x", 1.5):
+                results.append(world.ops.tcp_set_otcpid_flag(wrong))
+        world.on_message = on_message
+        world.talk(sock)
+        assert results == [-1] * 9 and len(logged) == 9
+
+    def test_otcpid_of_a_connection_gone_meanwhile(self, world, logged):
+        sock, conid = world.client()
+        other, there = world.client()
+        results = []
+
+        def on_message(msg):
+            world.ops.tcp_set_otcpid(there)
+            world.ops.tcp_set_otcpid_flag(1)
+            world.ops.tcp_close_connection(there)
+            results.append(world.ops.forward("127.0.0.1:9", b"x"))
+        world.on_message = on_message
+        world.talk(sock)
+        assert results == [-1] and len(logged) == 1
+
+
+# -- spec 4: event routes -----------------------------------------------------
+
+
+class TestSpec_4_1:
+    """4.1. tcp:closed."""
+
+    def test_4_1_closed_by_the_remote_party_or_reset_or_timeout(self):
+        """With tcp:closed alone, all three."""
+        with tcpops.TcpOps() as ops:
+            told = []
+            ops.event_route("tcp:closed")(
+                lambda event: told.append((event.conid, event.reason)))
+            port = ops.connection(ops.listen("127.0.0.1", 0)).Rp
+            conids = {}
+            for way in ("eof", "reset", "lifetime"):
+                sock = socket.create_connection(("127.0.0.1", port))
+                while not ops.connections():
+                    ops.step(5)
+                conids[way] = ops.connections()[0].conid
+                if way == "eof":
+                    sock.close()
+                elif way == "reset":
+                    rst(sock)
+                else:
+                    ops.tcp_set_connection_lifetime(conids[way], 0)
+                while ops.connections():
+                    ops.step(5)
+                sock.close()
+            ops.step(0)
+            assert told == [(conids[way], way) for way in conids]
+
+    def test_4_1_the_newer_split(self):
+        with tcpops.TcpOps() as ops:
+            told = []
+            ops.event_route("tcp:closed")(lambda e: told.append("closed"))
+            ops.event_route("tcp:reset")(lambda e: told.append("reset"))
+            left, right = tcp_pair()
+            ops.attach(right)
+            rst(left)
+            while not told:
+                ops.step(5)
+            assert told == ["reset"]
+
+    def test_4_1_conid_and_all_fields(self, world):
+        sock, conid = world.client()
+        seen = []
+        world.on_event = lambda event: seen.append(
+            (world.ops.conid, world.ops.event))
+        world.talk(sock, b"12345")
+        world.ops.send(conid, b"123")
+        host, port = sock.getsockname()
+        sock.recv(9)
+        sock.close()
+        event = world.end(conid)
+        assert seen == [(conid, event)]
+        assert event == tcpops.Event(
+            conid=conid, name="tcp:closed", reason="eof", errno=None,
+            detail="FIN from the peer", proto="tcp", si=host, sp=port,
+            Ri="127.0.0.1", Rp=world.port, age=event.age, bytes_in=5,
+            bytes_out=3)
+        assert 0 < event.age < 5
+        assert world.ops.conid is None and world.ops.event is None
+
+    def test_4_1_exactly_one_event_for_each_conid(self, world):
+        conids = []
+        for n in range(60):
+            sock, conid = world.client()
+            conids.append(conid)
+            if n % 3 == 0:
+                sock.send(b"bye")
+            if n % 4 == 0:
+                world.ops.tcp_conid_state(conid)
+            if n % 5 == 0:
+                rst(sock)
+            elif n % 5 == 1:
+                sock.close()
+            elif n % 5 == 2:
+                world.ops.tcp_close_connection(conid)
+            elif n % 5 == 3:
+                world.ops.tcp_set_connection_lifetime(conid, 0)
+            if n % 7 == 0:
+                world.ops.tcp_conid_state(conid)
+        world.ops.drain(1)
+        assert sorted(event.conid for event in world.ends()) == conids
+
+    def test_4_1_data_comes_first(self, world):
+        for way in (socket.socket.close, rst):
+            sock, conid = world.client()
+            sock.send(b"last words")
+            way(sock)
+            event = world.end(conid)
+            assert event.bytes_in == 10
+            assert world.messages.pop().data == b"last words"
+
+    def test_4_1_rst_alone_is_a_reset(self, world):
+        sock, conid = world.client()
+        rst(sock)
+        event = world.end(conid)
+        assert (event.name, event.reason, event.errno) == (
+            "tcp:reset", "reset", errno.ECONNRESET)
+
+    def test_4_1_rst_before_accept(self, world):
+        rst(socket.create_connection(("127.0.0.1", world.port)))
+        world.until(world.ends)
+        assert world.ends()[0].reason == "reset"
+
+    def test_4_1_rst_met_while_sending(self, world):
+        """send() met it, so send() knows the reason; data first, still."""
+        sock, conid = world.client()
+        sock.send(b"before")
+        rst(sock)
+        assert world.ops.send(conid, b"x") == -1
+        assert world.ops.tcp_conid_state(conid) is State.ERROR
+        assert world.ops.send(conid, b"x") == -1
+        assert not world.messages
+        event = world.end(conid)
+        assert event.reason == "reset" and event.bytes_in == 6
+
+    def test_4_1_fin_then_rst_is_an_eof(self, world):
+        sock, conid = world.client()
+        sock.send(b"before")
+        sock.close()
+        assert world.ops.send(conid, b"x") == 1   # the peer answers with RST
+        assert world.ops.send(conid, b"y") == -1  # EPIPE
+        event = world.end(conid)
+        assert (event.reason, event.errno) == ("eof", None)
+        assert world.messages[0].data == b"before"
+
+    def test_4_1_an_rst_met_with_reading_paused(self, make_world):
+        world = make_world(max_write_buffer=1)
+        sock, conid = world.client()
+        world.fill(conid)
+        sock.send(b"last words")
+        rst(sock)
+        event = world.end(conid)
+        assert event.reason == "reset"
+        assert world.messages[0].data == b"last words"
+
+    def test_4_1_fallback_is_for_ends_only(self):
+        with tcpops.TcpOps() as ops:
+            told = []
+            ops.event_route("tcp:closed")(told.append)
+            left, right = tcp_pair()
+            ops.attach(right)
+            ops.step(0)
+            assert not told
+            left.close()
+
+    def test_4_1_without_any_route(self):
+        with tcpops.TcpOps() as ops:
+            left, right = tcp_pair()
+            ops.attach(right)
+            left.send(b"x")
+            left.close()
+            while ops.connections():
+                ops.step(5)
+            assert ops.stats()["ended"]["eof"] == 1
+
+    @pytest.mark.parametrize("name", ["closed", "tcp:close", "", None, [],
+                                      "TCP:CLOSED"])
+    def test_4_1_an_unknown_name_fails_at_once(self, world, name):
+        with pytest.raises(ValueError, match="tcp:closed"):
+            world.ops.event_route(name)
+
+    def test_4_1_decorators_return_the_function(self, world):
+        def handler(thing):
+            pass
+        ops = world.ops
+        for decorator in (ops.request_route, ops.onreply_route,
+                          ops.event_route("tcp:closed")):
+            assert decorator(handler) is handler
+            with pytest.raises(TypeError, match="a route is a function"):
+                decorator(5)
+
+    def test_4_1_event_callback(self, make_world):
+        told = []
+        world = make_world(event_callback=lambda name: told.append(
+            (name, world.ops.conid, world.ops.event.reason)))
+        with socket.create_connection(("127.0.0.1", world.port)):
+            world.until(lambda: told)
+        world.until(lambda: len(told) == 2)
+        assert told == [("tcp:opened", 2, None), ("tcp:closed", 2, "eof")]
+        assert not world.events  # instead of any route
+        world.ops.modparam("tcpops", "event_callback", None)
+        world.client()
+        assert world.events
+        with pytest.raises(ValueError):
+            world.ops.event_callback = "name"
+
+    def test_4_1_the_manual_s_last_example(self, world):
+        said = []
+
+        @world.ops.event_route("tcp:closed")
+        def closed(event):
+            said.append(f"TCP connection closed ({event.conid})")
+        sock, conid = world.client()
+        sock.close()
+        world.until(lambda: said)
+        assert said == [f"TCP connection closed ({conid})"]
+
+    def test_4_1_shutdown(self, world):
+        _, conid = world.client()
+        world.ops.close()
+        assert [e.reason for e in world.ends(conid)] == ["shutdown"]
+
+
+class TestSections:
+    def test_every_section_of_the_specification_has_tests(self):
+        """2.1, 3.1 to 3.6 and 4.1; a class each, and tests named by it."""
+        for section in ("2.1", "3.1", "3.2", "3.3", "3.4", "3.5", "3.6",
+                        "4.1"):
+            name = section.replace(".", "_")
+            cls = globals()[f"TestSpec_{name}"]
+            assert cls.__doc__.startswith(section)
+            tests = [test for test in vars(cls) if test.startswith("test_")]
+            assert len(tests) >= 4
+            assert all(test.startswith(f"test_{name}_") for test in tests)
+
+
+# -- sections 7 to 11 of the file: framings and the loop ----------------------
+
+
+def feed(framing, *chunks):
+    """Return the messages that a framing makes of chunks."""
+    messages = []
+    for chunk in chunks:
+        framing.receive(chunk)
+        while True:
+            message = framing.next_message()
+            if message is None:
+                break
+            messages.append(message)
+    return messages
+
+
+class TestLineFraming:
+    TEXT = b"one\ntwo\r\n\r\n\nthr\ree\nlast"
+    LINES = [b"one", b"two", b"", b"", b"thr\ree"]
+
+    def test_lines(self):
+        framing = tcpops.LineFraming(100, False)
+        assert feed(framing, self.TEXT) == self.LINES
+        assert framing.partial and framing.finish() == b"last"
+        assert not framing.partial and framing.finish() is None
+
+    def test_the_same_at_every_split(self):
+        for n in range(len(self.TEXT) + 1):
+            framing = tcpops.LineFraming(100, False)
+            assert feed(framing, self.TEXT[:n], self.TEXT[n:]) == self.LINES
+        framing = tcpops.LineFraming(100, False)
+        assert feed(framing, *(bytes([b]) for b in self.TEXT)) == self.LINES
+
+    @pytest.mark.parametrize("chunks", [
+        [b"12345\n123456\n"], [b"12345\n123456"], [b"12345\n12345", b"6"],
+        [b"12345\n12345", b"\r", b"\n"]])
+    def test_too_long_at_every_split(self, chunks):
+        framing = tcpops.LineFraming(5, False)
+        got = []
+        with pytest.raises(tcpops.ProtocolError, match="over 5 bytes"):
+            for chunk in chunks:
+                got += feed(framing, chunk)
+
+    def test_encode(self):
+        framing = tcpops.LineFraming(5, False)
+        assert framing.encode(b"x") == framing.encode(b"x\n") == b"x\n"
+        assert framing.encode(b"") == b"\n"
+
+    def test_the_base_class_promises_nothing(self):
+        framing = tcpops.Framing(5, True)
+        assert framing.client and framing.finish() is None
+        for method in (framing.next_message, lambda: framing.encode(b"")):
+            with pytest.raises(NotImplementedError):
+                method()
+
+
+class Netstring(tcpops.Framing):
+    """A framing of a user's: "5:hello,"."""
+
+    def next_message(self):
+        head, colon, _ = bytes(self.buffer).partition(b":")
+        if not colon:
+            return None
+        if not head.isdigit():
+            raise tcpops.ProtocolError(f"no length: {head!r}")
+        end = len(head) + 1 + int(head)
+        if len(self.buffer) <= end:
+            return None
+        payload = bytes(self.buffer[len(head) + 1:end])
+        del self.buffer[:end + 1]
+        return payload
+
+    def encode(self, payload):
+        return b"%d:%s," % (len(payload), payload)
+
+
+class Greeting(Netstring):
+    """Netstrings after a handshake; both sides say "hi;" first."""
+
+    class message(tcpops.Message):
+        __slots__ = ()
+        is_reply = property(lambda self: self.data.startswith(b"re:"))
+
+    def __init__(self, max_message, client):
+        super().__init__(max_message, client)
+        self.opened = False
+        if client:
+            self.output += b"hi;"
+
+    def next_message(self):
+        if not self.opened:
+            if not self.buffer.startswith(b"hi;"):
+                if self.buffer[:3] != b"hi;"[:len(self.buffer)]:
+                    self.output += b"no!"
+                    raise tcpops.ProtocolError("no greeting")
+                return None
+            del self.buffer[:3]
+            self.opened = True
+            if not self.client:
+                self.output += b"hi;"
+        return super().next_message()
+
+
+class TestFramings:
+    def test_raw_hands_over_what_is_received(self, world):
+        sock, conid = world.client()
+        msg = world.talk(sock, b"\x00\xff")
+        assert isinstance(msg, tcpops.Message) and msg.data == b"\x00\xff"
+        assert (msg.conid, msg.proto) == (conid, "tcp")
+        assert (msg.si, msg.sp) == sock.getsockname()
+        assert (msg.Ri, msg.Rp) == sock.getpeername()
+        assert repr(msg) == f"<Message conid {conid}: b'\\x00\\xff'>"
+
+    def test_raw_messages_are_no_longer_than_max_message(self, make_world):
+        world = make_world(max_message=10)
+        sock, _ = world.client()
+        sock.send(b"x" * 25)
+        world.until(lambda: len(world.messages) == 3)
+        assert [len(msg.data) for msg in world.messages] == [10, 10, 5]
+
+    def test_line(self, make_world):
+        world = make_world(framing="line")
+        sock, conid = world.client()
+        world.on_message = lambda msg: msg.reply(msg.data[::-1])
+        sock.sendall(b"one\r\ntw")
+        world.until(lambda: world.messages)
+        sock.sendall(b"o\nthree")
+        sock.shutdown(socket.SHUT_WR)
+        world.end(conid)
+        assert [m.data for m in world.messages] == [b"one", b"two", b"three"]
+        assert sock.makefile("rb").read() == b"eno\nowt\neerht\n"
+
+    def test_a_line_too_long_ends_as_protocol(self, make_world):
+        world = make_world(framing="line", max_message=10)
+        sock, conid = world.client()
+        sock.sendall(b"short\n" + b"x" * 11)
+        event = world.end(conid)
+        assert (event.name, event.reason, event.errno) == (
+            "tcp:closed", "protocol", None)
+        assert event.detail == "a line of over 10 bytes"
+        assert [m.data for m in world.messages] == [b"short"]
+
+    def test_a_partial_line_is_lost_with_an_rst(self, make_world):
+        world = make_world(framing="line")
+        sock, conid = world.client()
+        sock.sendall(b"whole\npart")
+        rst(sock)
+        assert world.end(conid).reason == "reset"
+        assert [m.data for m in world.messages] == [b"whole"]
+
+    def test_a_last_line_behind_fin_and_rst(self, make_world):
+        """A probe or a send may meet EPIPE before the line is read."""
+        world = make_world(framing="line")
+        sock, conid = world.client()
+        sock.sendall(b"one\nlast")
+        sock.close()
+        world.ops.send(conid, b"x")
+        assert world.ops.tcp_conid_state(conid) is State.EOF
+        assert world.end(conid).reason == "eof"
+        assert [m.data for m in world.messages] == [b"one", b"last"]
+
+    def test_a_framing_of_a_user_s(self, make_world):
+        world = make_world(framing=Netstring)
+        sock, conid = world.client()
+        world.on_message = lambda msg: msg.reply(msg.data.upper())
+        sock.sendall(b"5:hello,0:,3:a")
+        world.until(lambda: len(world.messages) == 2)
+        assert sock.recv(99) == b"5:HELLO,0:,"
+        assert world.ops.connection(conid).framing == "Netstring"
+        sock.sendall(b"bc,x:")
+        event = world.end(conid)
+        assert event.detail == "no length: b'x'"
+        assert [m.data for m in world.messages] == [b"hello", b"", b"abc"]
+
+    def test_a_handshake(self, make_world):
+        world = make_world(framing=Greeting)
+        ops = world.ops
+        sock = socket.create_connection(("127.0.0.1", world.port), 5)
+        world.socks.append(sock)
+        world.until(ops.connections)
+        conid = ops.connections()[0].conid
+        assert not world.events and ops.tcp_conid_state(conid) == 2
+        sock.sendall(b"h")
+        world.settle()
+        assert not world.events and ops.tcp_conid_state(conid) == 2
+        order = []
+        world.on_event = lambda event: order.append(event.name)
+        world.on_message = lambda msg: order.append(msg.data)
+        sock.sendall(b"i;2:ok,")
+        world.until(lambda: len(order) == 2)
+        assert order == ["tcp:opened", b"ok"]
+        assert sock.recv(9) == b"hi;" and ops.tcp_conid_state(conid) == 1
+
+    def test_a_handshake_of_a_client(self, world):
+        ops = world.ops
+        server = world.server()
+        conid = ops.connect(*server.getsockname(), framing=Greeting)
+        peer = world.accept(server)
+        world.settle()
+        assert ops.tcp_conid_state(conid) is State.CONNECT
+        assert peer.recv(9) == b"hi;" and not world.events
+        peer.sendall(b"hi;")
+        world.until(lambda: world.events)
+        assert ops.tcp_conid_state(conid) is State.OK
+
+    def test_a_handshake_that_fails(self, make_world):
+        world = make_world(framing=Greeting)
+        sock = socket.create_connection(("127.0.0.1", world.port), 5)
+        world.socks.append(sock)
+        sock.sendall(b"ha")
+        world.until(world.ends)
+        assert [e.name for e in world.events] == ["tcp:closed"]
+        assert world.events[0].detail == "no greeting"
+        assert sock.recv(9) == b"no!" and sock.recv(9) == b""
+
+    def test_a_handshake_that_takes_too_long(self, make_world, clock):
+        world = make_world(framing=Greeting, clock=clock, message_timeout=5)
+        sock = socket.create_connection(("127.0.0.1", world.port), 5)
+        world.socks.append(sock)
+        world.until(world.ops.connections)
+        clock.advance(4)
+        sock.sendall(b"h")  # a drip does not help
+        world.settle()
+        clock.advance(1)
+        world.settle()
+        assert [e.reason for e in world.events] == ["message"]
+
+    def test_onreply_route(self, make_world):
+        """The framing's messages know whether they are answers."""
+        world = make_world(framing=Greeting)
+        replies = []
+        world.ops.onreply_route(replies.append)
+        sock = socket.create_connection(("127.0.0.1", world.port), 5)
+        world.socks.append(sock)
+        sock.sendall(b"hi;2:ab,4:re:c,")
+        world.until(lambda: replies)
+        assert [m.data for m in world.messages] == [b"ab"]
+        assert [m.data for m in replies] == [b"re:c"]
+
+    def test_onreply_route_of_what_we_connected(self, world):
+        sock, conid = world.outgoing()
+        world.talk(sock, b"without such a route")
+        replies = []
+        world.ops.onreply_route(replies.append)
+        sock.send(b"answer")
+        world.until(lambda: replies)
+        assert replies[0].is_reply and len(world.messages) == 1
+        peer, _ = world.client()
+        assert not world.talk(peer).is_reply
+
+    @pytest.mark.parametrize("method", [
+        "receive", "next_message", "finish", "partial"])
+    def test_a_framing_that_raises(self, make_world, logged, method):
+        def broken(self, *args):
+            raise ZeroDivisionError("oops")
+        framing = type("Broken", (Netstring,), {
+            method: property(broken) if method == "partial" else broken})
+        world = make_world(framing=framing)
+        sock, conid = world.client()
+        sock.send(b"1")
+        world.settle()
+        sock.close()
+        event = world.end(conid)
+        assert event.reason == "protocol" and "oops" in event.detail
+        assert len(logged) == 1
+
+    def test_a_framing_that_cannot_be_made(self, make_world, logged):
+        def factory(max_message, client):
+            raise ZeroDivisionError
+        world = make_world(framing=factory)
+        with socket.create_connection(("127.0.0.1", world.port), 5) as sock:
+            world.until(lambda: logged)
+            assert sock.recv(9) == b""
+        assert not world.events and world.ops.stats()["opened"] == 0
+        for call in (lambda: world.ops.connect("127.0.0.1", 9,
+                                               framing=factory),):
+            with pytest.raises(ZeroDivisionError):
+                call()
+        left, right = tcp_pair()
+        with left, right, pytest.raises(ZeroDivisionError):
+            world.ops.attach(right, framing=factory)
+
+    @pytest.mark.parametrize("framing", ["lines", "", None, 5, b"raw", []])
+    def test_wrong_framings(self, world, framing):
+        for call in (world.ops.listen, world.ops.connect):
+            with pytest.raises(ValueError, match="framing must be raw, line"):
+                call("127.0.0.1", 0, framing=framing)
+
+    def test_many_messages_at_once_leave_room_for_others(self, make_world):
+        """A turn's share is 256 messages of one connection."""
+        world = make_world(framing="line")
+        flood, flooder = world.client()
+        sock, conid = world.client()
+        flood.sendall(b"\n" * 3000)
+        sock.sendall(b"me too\n")
+        world.until(lambda: any(m.conid == conid for m in world.messages))
+        assert len(world.messages) < 700
+        world.until(lambda: len(world.messages) == 3001)
+
+    def test_many_messages_before_an_rst(self, make_world):
+        world = make_world(framing="line")
+        sock, conid = world.client()
+        sock.sendall(b"\n" * 3000)
+        rst(sock)
+        assert world.end(conid).reason == "reset"
+        assert len(world.messages) == 3000
+
+    def test_messages_wait_while_the_answers_cannot_go_out(self, make_world):
+        """Nothing is refused, nothing is lost, memory is bounded."""
+        world = make_world(framing="line", max_write_buffer=100000)
+        sock, conid = world.client()
+        results = []
+        big = b"x" * 50000
+        world.on_message = lambda msg: results.append(msg.reply(big))
+        count = 400
+        sock.sendall(b"go\n" * count)
+        world.settle()
+        queued = len(world.ops._table.get(conid).out)
+        assert len(results) < count and queued < 200000
+        got = 0
+        while got < count * (len(big) + 1):
+            world.ops.step(0)
+            got += len(sock.recv(1 << 20))
+        assert results == [1] * count
+        assert len(world.messages) == count
+
+    def test_a_handler_that_closes_stops_the_messages(self, make_world):
+        world = make_world(framing="line")
+        sock, conid = world.client()
+        world.on_message = lambda msg: world.ops.tcp_close_connection()
+        sock.sendall(b"one\ntwo\n")
+        assert world.end(conid).reason == "closed"
+        assert len(world.messages) == 1
+
+    def test_ctrl_c_in_a_handler_loses_no_message(self, make_world):
+        world = make_world(framing="line")
+        sock, conid = world.client()
+
+        def on_message(msg):
+            if msg.data == b"one":
+                raise KeyboardInterrupt
+        world.on_message = on_message
+        sock.sendall(b"one\ntwo\nthree\n")
+        with pytest.raises(KeyboardInterrupt):
+            world.until(lambda: False)
+        world.until(lambda: len(world.messages) == 3)
+        assert world.ops.conid is None
+
+    def test_ctrl_c_in_a_handler_of_a_dying_connection(self, world):
+        sock, conid = world.client()
+
+        def on_message(msg):
+            raise KeyboardInterrupt
+        world.on_message = on_message
+        sock.send(b"x")
+        rst(sock)
+        assert world.ops.tcp_conid_state(conid) is State.ERROR
+        with pytest.raises(KeyboardInterrupt):
+            world.ops.step(0)
+        assert world.end(conid).reason == "reset"
+
+
+class TestMessageTimeout:
+    """Design: a message begun that is not complete ends as "message"."""
+
+    @pytest.fixture
+    def slow(self, make_world, clock):
+        world = make_world(framing="line", clock=clock, message_timeout=5)
+        world.clock = clock
+        return world
+
+    def test_never_finished(self, slow):
+        sock, conid = slow.client()
+        sock.send(b"begun")
+        slow.settle()
+        slow.clock.advance(4.99)
+        slow.settle()
+        assert not slow.ends()
+        slow.clock.advance(0.01)
+        event = slow.end(conid)
+        assert (event.name, event.reason, event.errno) == (
+            "tcp:timeout", "message", None)
+
+    def test_dripping_does_not_extend_it(self, slow):
+        sock, conid = slow.client()
+        for _ in range(5):
+            assert not slow.ends()
+            sock.send(b"x")
+            slow.settle()
+            slow.clock.advance(1)
+        assert slow.end(conid).reason == "message"
+
+    def test_each_message_has_its_own_time(self, slow):
+        sock, conid = slow.client()
+        for _ in range(5):
+            sock.send(b"end\nbeg")
+            slow.settle()
+            slow.clock.advance(4)
+        sock.send(b"\n")
+        slow.settle()
+        slow.clock.advance(100)
+        slow.settle()
+        assert not slow.ends()
+
+    def test_it_stops_while_we_do_not_read(self, make_world, clock):
+        world = make_world(framing="line", clock=clock, message_timeout=5,
+                           send_timeout=1000, max_write_buffer=1)
+        sock, conid = world.client()
+        sock.send(b"begun")
+        world.settle()
+        world.fill(conid)
+        clock.advance(50)
+        world.settle()
+        assert not world.ends()
+        while world.ops._table.get(conid).out:
+            sock.recv(1 << 20)
+            world.ops.step(0)
+        world.settle()
+        clock.advance(4.9)
+        world.settle()
+        assert not world.ends()
+        clock.advance(0.1)
+        assert world.end(conid).reason == "message"
+
+
+class TestSending:
+    def test_what_is_not_bytes_raises(self, world):
+        sock, conid = world.client()
+        raised = []
+
+        def on_message(msg):
+            with pytest.raises(TypeError):
+                msg.reply("text")
+            raised.append(msg)
+        world.on_message = on_message
+        for wrong in ("text", None, 5, [b"x"], object()):
+            with pytest.raises(TypeError, match="payload must be bytes"):
+                world.ops.send(conid, wrong)
+            with pytest.raises(TypeError, match="payload must be bytes"):
+                world.ops.forward("127.0.0.1:9", wrong)
+        world.talk(sock)
+        assert raised
+
+    @pytest.mark.parametrize("payload", [
+        b"abc", bytearray(b"abc"), memoryview(b"xabcx")[1:4],
+        memoryview(b"a.b.c")[::2]])
+    def test_all_kinds_of_bytes(self, world, payload):
+        sock, conid = world.client()
+        assert world.ops.send(conid, payload) is Result.SUCCESS
+        assert sock.recv(9) == b"abc"
+        assert world.ops.send(str(conid), payload) is Result.SUCCESS
+
+    def test_wrong_conids_are_minus_1(self, world, logged):
+        for conid in (*WRONG_CONIDS, *GONE_CONIDS, world.listener):
+            assert world.ops.send(conid, b"x") is Result.FAILURE
+        assert len(logged) == len(WRONG_CONIDS) + len(GONE_CONIDS) + 1
+
+    def test_over_the_limit_it_refuses_and_reading_stops(self, make_world):
+        world = make_world(max_write_buffer=200000)
+        sock, conid = world.client()
+        for _ in range(10000):
+            if not world.ops.send(conid, b"x" * 65536):
+                break
+        conn = world.ops._table.get(conid)
+        queued = len(conn.out)
+        assert 200000 <= queued < 200000 + 65536
+        assert world.ops.send(conid, b"x") is Result.FAILURE
+        assert len(conn.out) == queued
+        sock.send(b"not read now")
+        world.settle()
+        assert not world.messages
+        total = conn.bytes_out + queued
+        got = 0
+        while got < total:
+            world.ops.step(0)
+            got += len(sock.recv(1 << 20))
+        world.until(lambda: world.messages)
+        assert world.ops.send(conid, b"x") is Result.SUCCESS
+
+    def test_one_payload_may_be_larger_than_the_limit(self, make_world):
+        world = make_world(max_write_buffer=1000)
+        sock, conid = world.client()
+        payload = random.Random(5).randbytes(9 << 20)
+        assert world.ops.send(conid, payload) is Result.SUCCESS
+        assert world.ops.send(conid, b"x") is Result.FAILURE
+        got = bytearray()
+        while len(got) < len(payload):
+            world.ops.step(0)
+            got += sock.recv(1 << 20)
+        assert got == payload
+
+    def test_no_progress_ends_as_send(self, timed):
+        sock, conid = timed.client()
+        timed.fill(conid)
+        timed.clock.advance(9.99)
+        timed.settle()
+        assert not timed.ends()
+        timed.clock.advance(0.01)
+        event = timed.end(conid)
+        assert (event.name, event.reason, event.errno) == (
+            "tcp:timeout", "send", None)
+        assert "bytes unsent after 10 s" in event.detail
+        # A FIN would say that the stream is complete.
+        with pytest.raises(ConnectionResetError):
+            while sock.recv(1 << 20):
+                pass
+
+    @pytest.mark.parametrize("limit", [1 << 20, 10 << 20])
+    def test_a_half_closing_peer_gets_its_whole_answer(self, make_world,
+                                                       limit):
+        world = make_world(max_write_buffer=limit)
+        sock, conid = world.client()
+        answer = random.Random(6).randbytes(5 << 20)
+        world.on_message = lambda msg: msg.reply(answer)
+        sock.send(b"all of it, please")
+        sock.shutdown(socket.SHUT_WR)
+        world.until(lambda: world.messages)
+        world.settle()
+        assert world.ops.tcp_conid_state(conid) is State.EOF
+        assert world.ops.send(conid, b"more") is Result.FAILURE
+        if limit > len(answer):  # else the FIN is not read yet
+            assert world.ops.tcp_set_connection_lifetime(conid, 5) == -1
+        got = bytearray()
+        while len(got) < len(answer):
+            world.ops.step(0)
+            got += sock.recv(1 << 20)
+        assert got == answer and sock.recv(9) == b""
+        assert world.end(conid).reason == "eof"
+
+    def test_a_probed_fin_does_not_cut_the_answer_off(self, world):
+        sock, conid = world.client()
+        sock.send(b"question")
+        sock.shutdown(socket.SHUT_WR)
+        assert world.ops.tcp_conid_state(conid) is State.EOF
+        world.on_message = lambda msg: msg.reply(b"answer")
+        assert world.end(conid).reason == "eof"
+        assert sock.recv(9) == b"answer"
+
+    def test_a_reader_that_dies_while_the_rest_goes_out(self, world):
+        sock, conid = world.client()
+        world.fill(conid)
+        sock.shutdown(socket.SHUT_WR)
+        world.settle()
+        assert world.ops.tcp_conid_state(conid) is State.EOF
+        rst(sock)
+        assert world.end(conid).reason == "eof"  # that came first
+
+    def test_no_sigpipe(self):
+        """Also where the host program has undone Python's choice."""
+        code = """if True:
+            import signal, socket, sys, tcpops
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+            ops = tcpops.TcpOps()
+            server = socket.create_server(("127.0.0.1", 0))
+            conid = ops.connect(*server.getsockname())
+            peer, _ = server.accept()
+            ops.step(5)
+            peer.close()
+            results = [ops.send(conid, b"x") for _ in range(3)]
+            print(*results)
+            """
+        done = subprocess.run([sys.executable, "-c", code], cwd=HERE,
+                              capture_output=True, text=True, timeout=30)
+        assert (done.returncode, done.stdout) == (0, "1 -1 -1\n")
+
+    def test_transient_lack_of_buffers_queues(self, world):
+        left, right = tcp_pair()
+        world.socks.append(left)
+        sock = ScriptedSocket.of(right, send=[errno.ENOBUFS, errno.ENOBUFS])
+        conid = world.ops.attach(sock)
+        assert world.ops.send(conid, b"hello") is Result.SUCCESS
+        world.settle()
+        assert left.recv(9) == b"hello"
+
+    def test_forward_over_an_open_connection(self, world):
+        sock, conid = world.client()
+        address = "%s:%d" % sock.getsockname()
+        assert world.ops.forward(address, b"hello") is Result.SUCCESS
+        assert sock.recv(9) == b"hello"
+
+    def test_forward_opens_a_connection(self, world):
+        server = world.server()
+        address = "%s:%d" % server.getsockname()
+        assert world.ops.forward(address, b"one ") is Result.SUCCESS
+        assert world.ops.forward(address, b"two") is Result.SUCCESS
+        assert len(world.ops.connections()) == 1
+        peer = world.accept(server)
+        world.until(lambda: world.events)
+        assert peer.recv(9) == b"one two"
+
+    def test_forward_uses_the_message_s_framing(self, make_world):
+        world = make_world(framing="line")
+        server = world.server()
+        address = "%s:%d" % server.getsockname()
+        world.on_message = lambda msg: world.ops.forward(address, msg.data)
+        sock, _ = world.client()
+        sock.send(b"hello\n")
+        world.until(lambda: len(world.events) == 2)
+        assert world.accept(server).recv(9) == b"hello\n"
+
+    def test_forward_where_nobody_listens(self, world):
+        assert world.ops.forward("127.0.0.1:1", b"x") is Result.SUCCESS
+        world.until(world.ends)
+        assert world.ends()[0].reason == "reset"
+
+
+class TestListenAndConnect:
+    def test_ipv6_and_ipv4_side_by_side(self, world):
+        six = world.ops.listen("::", 0)
+        info = world.ops.connection(six)
+        four = world.ops.listen("", info.Rp)
+        assert world.ops.connection(four).Ri == "0.0.0.0"
+        for host in ("127.0.0.1", "::1"):
+            world.settle()
+            with socket.create_connection((host, info.Rp)):
+                count = len(world.events)
+                world.until(lambda: len(world.events) > count)
+            event = world.events[count]
+            world.end(event.conid)
+            assert event.si == event.Ri == host and event.Rp == info.Rp
+
+    def test_a_wildcard_listener_tells_the_real_address(self, world):
+        port = world.ops.connection(world.ops.listen("0.0.0.0", 0)).Rp
+        with socket.create_connection(("127.0.0.9", port)):
+            world.until(lambda: world.events)
+            assert world.events[0].Ri == "127.0.0.9"
+
+    def test_names(self, world):
+        conid = world.ops.listen("localhost", 0)
+        assert world.ops.connection(conid).Ri in ("127.0.0.1", "::1")
+
+    def test_tcp_nodelay(self, world):
+        _, accepted = world.client()
+        _, connected = world.outgoing()
+        for conid in (accepted, connected):
+            sock = world.ops._table.get(conid).sock
+            assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+    def test_reuse_port(self, world):
+        conid = world.ops.listen("127.0.0.1", 0, reuse_port=True)
+        port = world.ops.connection(conid).Rp
+        world.ops.listen("127.0.0.1", port, reuse_port=True)
+        with pytest.raises(OSError):
+            world.ops.listen("127.0.0.1", port)
+
+    def test_a_port_in_use(self, world):
+        with pytest.raises(OSError) as caught:
+            world.ops.listen("127.0.0.1", world.port)
+        assert caught.value.errno == errno.EADDRINUSE
+
+    @pytest.mark.parametrize("port", [-1, 65536, "x", None, 1.5, True, ""])
+    def test_wrong_ports(self, world, port):
+        for method in (world.ops.listen, world.ops.connect):
+            with pytest.raises(ValueError, match="port"):
+                method("127.0.0.1", port)
+
+    def test_no_such_host(self, world):
+        for method in (world.ops.listen, world.ops.connect):
+            with pytest.raises(OSError):
+                method("no-such-host.invalid", 5060)
+
+    def test_the_selector_refuses_a_listener(self, world, monkeypatch):
+        def register(*_):
+            raise OSError(errno.ENOSPC, "no room")
+        monkeypatch.setattr(world.ops._selector, "register", register)
+        with pytest.raises(OSError, match="No space left"):
+            world.ops.listen("127.0.0.1", 0)
+        assert len(world.ops.listeners()) == 1
+
+    def test_the_selector_refuses_a_connection(self, world, monkeypatch):
+        def register(*_):
+            raise OSError(errno.ENOSPC, "no room")
+        monkeypatch.setattr(world.ops._selector, "register", register)
+        with socket.create_connection(("127.0.0.1", world.port)):
+            world.until(world.ends)
+        assert world.ends()[0].errno == errno.ENOSPC
+
+    def test_connect_tries_every_address(self, world, monkeypatch):
+        server = world.server()
+        port = server.getsockname()[1]
+        monkeypatch.setattr(tcpops, "_resolve", lambda host, port: [
+            (socket.AF_INET, ("127.0.0.77", port)),
+            (socket.AF_INET6, ("::1", port, 0, 0)),
+            (socket.AF_INET, ("127.0.0.1", port))])
+        for probing in (False, True):
+            conid = world.ops.connect("name", port)
+            while not any(e.conid == conid for e in world.events):
+                if probing:
+                    assert world.ops.tcp_conid_state(conid) is State.CONNECT
+                world.ops.step(5)
+            info = world.ops.connection(conid)
+            assert (info.si, info.state) == ("127.0.0.1", State.OK)
+            address = f"127.0.0.1:{port}"
+            assert world.ops.tcp_get_conid(address) == conid
+            assert world.ops._table.find_peer("127.0.0.77", port) is None
+            world.accept(server)
+
+    def test_connect_tells_the_last_error(self, world, monkeypatch):
+        monkeypatch.setattr(tcpops, "_resolve", lambda host, port: [
+            (socket.AF_INET, ("127.0.0.77", 1)),
+            (socket.AF_INET, ("127.0.0.1", 1))])
+        event = world.end(world.ops.connect("name", 1))
+        assert (event.reason, event.si) == ("reset", "127.0.0.1")
+
+    def test_connect_out_of_descriptors_on_the_way(self, world, monkeypatch):
+        monkeypatch.setattr(tcpops, "_resolve", lambda host, port: [
+            (socket.AF_INET, ("127.0.0.77", 1)),
+            (socket.AF_INET, ("127.0.0.1", 1))])
+        conid = world.ops.connect("name", 1)
+
+        def new_socket(family):
+            raise OSError(errno.EMFILE, "none left")
+        monkeypatch.setattr(world.ops, "_new_socket", new_socket)
+        assert world.end(conid).reason == "reset"
+
+    def test_connect_to_what_the_kernel_refuses_at_once(self, world):
+        """Broadcast is no address for TCP; still a conid and an event."""
+        conid = world.ops.connect("255.255.255.255", 9)
+        event = world.end(conid)
+        assert event.name in ("tcp:closed", "tcp:timeout") and event.errno
+
+    def test_connect_timeout(self, timed):
+        with full_backlog() as address:
+            conid = timed.ops.connect(*address)
+            timed.clock.advance(9.99)
+            timed.settle()
+            assert not timed.ends()
+            timed.clock.advance(0.01)
+            event = timed.end(conid)
+            assert (event.name, event.reason, event.errno) == (
+                "tcp:timeout", "connect", errno.ETIMEDOUT)
+
+    def test_a_stale_readiness_is_not_taken_for_connected(self, world):
+        with full_backlog() as address:
+            conid = world.ops.connect(*address)
+            conn = world.ops._table.get(conid)
+            conn.ready(conn, selectors.EVENT_WRITE)
+            assert world.ops.tcp_conid_state(conid) is State.CONNECT
+
+    def test_a_lifetime_counts_once_open(self, make_world, clock):
+        world = make_world(clock=clock, connection_lifetime=2,
+                           connect_timeout=100)
+        with full_backlog() as address:
+            conid = world.ops.connect(*address)
+            clock.advance(50)
+            world.settle()
+            assert world.ops.tcp_conid_state(conid) is State.CONNECT
+            # Unless it is set by hand: then it counts from now.
+            world.ops.tcp_set_connection_lifetime(conid, 3)
+            clock.advance(3)
+            assert world.end(conid).reason == "lifetime"
+
+    def test_connect_closed_behind_our_back(self, world):
+        with full_backlog() as address:
+            conid = world.ops.connect(*address)
+            world.ops._table.get(conid).sock.close()
+            assert world.ops.tcp_conid_state(conid) is State.BAD
+            assert world.end(conid).errno == errno.EBADF
+
+    def test_attach_takes_plain_tcp_sockets_only(self, world):
+        left, right = socket.socketpair()
+        udp = socket.socket(type=socket.SOCK_DGRAM)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname = False
+        client, server = tcp_pair()
+        tls = context.wrap_socket(client, do_handshake_on_connect=False)
+        with left, right, udp, server, tls:
+            for wrong in (left, udp, tls, None, 5, "sock", left.fileno()):
+                with pytest.raises(ValueError, match="plain TCP socket"):
+                    world.ops.attach(wrong)
+        with socket.socket() as sock, pytest.raises(OSError):
+            world.ops.attach(sock)
+        assert world.ops.stats()["opened"] == 0
+
+    def test_attach(self, world):
+        left, right = tcp_pair()
+        world.socks.append(left)
+        conid = world.ops.attach(right, framing="line")
+        assert world.ops.send(conid, b"hi") and left.recv(9) == b"hi\n"
+        world.talk(left, b"hello\n")
+        assert world.messages[0].data == b"hello"
+        assert [e.name for e in world.events] == ["tcp:opened"]
+
+    def test_rebinding_after_a_restart(self, world):
+        """SO_REUSEADDR: connections in TIME_WAIT do not keep the port."""
+        sock, conid = world.client()
+        world.ops.tcp_close_connection(conid)
+        world.ops.tcp_close_connection(world.listener)
+        assert sock.recv(9) == b""
+        world.ops.listen("127.0.0.1", world.port)
+
+
+class TestDescriptors:
+    """Descriptors are reused at once; the loop must not mix them up."""
+
+    def test_a_number_reused_within_one_batch(self, make_world):
+        """One handler closes another connection of the same batch and makes
+        a new one, which gets the number; nothing of the old one reaches it.
+        """
+        world = make_world()
+        ops = world.ops
+        socks = [world.client() for _ in range(10)]
+        spare = []
+
+        def on_message(msg):
+            for sock, conid in socks:
+                if conid != msg.conid and ops.tcp_conid_alive(conid):
+                    number = ops._table.get(conid).sock.fileno()
+                    assert ops.tcp_close_connection(conid)
+                    new = ops.connect("127.0.0.1", world.port)
+                    spare.append((number, ops._table.get(new).sock.fileno()))
+        world.on_message = on_message
+        for sock, conid in socks:
+            sock.send(b"me!")
+        world.settle()
+        assert any(old == new for old, new in spare)
+        assert len(world.messages) == 1
+        assert len(world.ends()) == 9
+        assert {e.reason for e in world.ends()} == {"closed"}
+
+    def test_closed_behind_our_back_and_the_number_reused(self, world):
+        ops = world.ops
+        left, right = tcp_pair()
+        conid = ops.attach(right)
+        world.settle()
+        number = right.fileno()
+        right.close()
+        other, new = tcp_pair()
+        if new.fileno() != number:
+            other, new = new, other
+        assert new.fileno() == number
+        second = ops.attach(new)
+        assert world.end(conid).errno == errno.EBADF
+        other.send(b"hello")
+        world.until(lambda: world.messages)
+        assert world.messages[0].conid == second
+        for sock in (left, other):
+            sock.close()
+
+    def test_os_close_and_the_number_reused(self, world):
+        """The socket object still thinks that the number is its own."""
+        ops = world.ops
+        left, right = tcp_pair()
+        conid = ops.attach(right)
+        world.settle()
+        number = right.fileno()
+        os.close(number)
+        other, new = tcp_pair()
+        if new.fileno() != number:
+            other, new = new, other
+        assert new.fileno() == number
+        second = ops.attach(new)
+        world.end(conid)
+        other.send(b"hello")
+        world.until(lambda: world.messages)
+        assert world.messages[0].conid == second
+        for sock in (left, other):
+            sock.close()
+
+    def test_closed_behind_our_back_with_something_queued(self, world):
+        left, right = tcp_pair()
+        conid = world.ops.attach(right)
+        world.settle()
+        right.close()
+        assert world.ops.send(conid, b"x") is Result.FAILURE
+        event = world.end(conid)
+        assert (event.reason, event.errno) == ("error", errno.EBADF)
+        left.close()
+
+    def test_closed_behind_our_back_and_watched_anew(self, world):
+        """The selector refuses the descriptor when it is to be changed."""
+        sock, conid = world.client()
+        world.fill(conid)
+        conn = world.ops._table.get(conid)
+        conn.sock.close()
+        conn.out = None
+        world.ops._rewatch(conn)
+        assert world.end(conid).errno == errno.EBADF
+
+    def test_the_keepalive_of_a_dead_descriptor_is_none(self, world):
+        left, right = tcp_pair()
+        conid = world.ops.attach(right)
+        right.close()
+        assert world.ops.connection(conid).keepalive is None
+        left.close()
+
+    def limited(self, world, room):
+        """Lower the descriptor limit; leave this much room."""
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        used = max(map(int, os.listdir("/proc/self/fd"))) + 1
+        resource.setrlimit(resource.RLIMIT_NOFILE, (used + room, hard))
+        hogs = []
+        with contextlib.suppress(OSError):
+            while True:
+                hogs.append(os.dup(0))
+        for _ in range(room):
+            os.close(hogs.pop())
+
+        def undo():
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            for hog in hogs:
+                os.close(hog)
+        return undo
+
+    def test_descriptors_run_out(self, timed, logged):
+        """Listeners rest, and come back with the next free descriptor."""
+        ops = timed.ops
+        first, conid = timed.client()
+        clients = [socket.socket() for _ in range(30)]
+        for sock in clients:
+            sock.connect(("127.0.0.1", timed.port))
+        undo = self.limited(timed, 10)
+        try:
+            timed.settle()
+            assert ops.step(0) == 0  # no spinning
+            assert len(ops.connections()) < 31
+            assert ops.stats()["accepts_refused"] == 1
+            assert timed.talk(first)  # the others do not notice
+            timed.clock.advance(0.1)
+            timed.settle()
+            assert ops.stats()["accepts_refused"] == 2
+            assert len(logged) == 1 and "Too many open files" in logged[0]
+            # One ends: its descriptor is used at once.
+            before = ops.stats()["opened"]
+            ops.tcp_close_connection(conid)
+            timed.settle()
+            assert ops.stats()["opened"] == before + 1
+        finally:
+            undo()
+        timed.clock.advance(0.1)
+        timed.until(lambda: len(ops.connections()) == 30)
+        for sock in clients:
+            sock.close()
+
+    def test_max_connections(self, make_world, clock, logged):
+        world = make_world(clock=clock, max_connections=3)
+        ops = world.ops
+        socks = [socket.create_connection(("127.0.0.1", world.port))
+                 for _ in range(5)]
+        world.settle()
+        assert len(ops.connections()) == 3 and len(logged) == 1
+        assert "max_connections" in logged[0]
+        with pytest.raises(OSError, match="max_connections"):
+            ops.connect("127.0.0.1", world.port)
+        left, right = tcp_pair()
+        with left, right, pytest.raises(OSError, match="max_connections"):
+            ops.attach(right)
+        ops.tcp_close_connection(ops.connections()[0].conid)
+        world.settle()
+        assert len(ops.connections()) == 3 and ops.stats()["opened"] == 4
+        clock.advance(1)
+        world.settle()
+        assert len(logged) == 2  # at most one a second
+        for sock in socks:
+            sock.close()
+
+    def test_a_listener_closed_while_it_rests(self, make_world, clock):
+        world = make_world(clock=clock, max_connections=1)
+        socks = [socket.create_connection(("127.0.0.1", world.port))
+                 for _ in range(2)]
+        world.settle()
+        world.ops.tcp_close_connection(world.listener)
+        world.ops.tcp_close_connection(world.ops.connections()[0].conid)
+        world.settle()
+        assert not world.ops.connections() and not world.ops.listeners()
+        for sock in socks:
+            sock.close()
+
+    @pytest.mark.parametrize("number", [
+        errno.ECONNABORTED, errno.EPROTO, errno.EPERM, errno.ENETDOWN])
+    def test_accept_errors_of_one_peer(self, world, number):
+        conn = world.ops._table.get(world.listener)
+        world.ops._watch(conn, 0)
+        conn.sock = ScriptedSocket.of(conn.sock, accept=[number])
+        world.ops._watch(conn, selectors.EVENT_READ)
+        world.client()
+
+    @pytest.mark.parametrize("number", [errno.ENOBUFS, errno.ENOMEM,
+                                        errno.ENFILE])
+    def test_accept_errors_of_the_system(self, timed, number):
+        conn = timed.ops._table.get(timed.listener)
+        timed.ops._watch(conn, 0)
+        conn.sock = ScriptedSocket.of(conn.sock, accept=[number])
+        timed.ops._watch(conn, selectors.EVENT_READ)
+        with socket.create_connection(("127.0.0.1", timed.port)):
+            timed.settle()
+            assert not timed.events
+            timed.clock.advance(0.1)
+            timed.until(lambda: timed.events)
+
+    def test_accept_errors_of_the_listener(self, world, logged):
+        conn = world.ops._table.get(world.listener)
+        world.ops._watch(conn, 0)
+        conn.sock = ScriptedSocket.of(conn.sock, accept=[errno.EINVAL])
+        world.ops._watch(conn, selectors.EVENT_READ)
+        with socket.create_connection(("127.0.0.1", world.port)):
+            world.settle()
+        assert not world.ops.listeners() and "stops listening" in logged[0]
+
+    def test_accepts_come_in_batches(self, world):
+        socks = []
+        for _ in range(tcpops._BATCH + 50):
+            sock = socket.socket()
+            world.socks.append(sock)
+            sock.connect(("127.0.0.1", world.port))
+            socks.append(sock)
+        world.ops.step(5)
+        assert len(world.ops.connections()) == tcpops._BATCH
+        world.settle()
+        assert len(world.ops.connections()) == len(socks)
+        for sock in socks:
+            sock.close()
+        world.until(lambda: not world.ops.connections())
+
+    def test_nodelay_may_fail(self, world):
+        left, right = tcp_pair()
+        world.socks.append(left)
+        sock = ScriptedSocket.of(right, setsockopt=[errno.EINVAL])
+        world.ops._admit(world.ops._table.get(world.listener), sock,
+                         sock.getpeername())
+        world.until(lambda: world.events)
+
+
+class TestLoop:
+    def test_step_returns_what_it_handled(self, world):
+        assert world.ops.step(0) == 0
+        sock, _ = world.client()
+        sock.send(b"x")
+        assert world.ops.step(5) == 1
+
+    @pytest.mark.parametrize("timeout", [-1, "x", float("nan"), True, []])
+    def test_step_checks_its_timeout(self, world, timeout):
+        with pytest.raises(ValueError, match="timeout"):
+            world.ops.step(timeout)
+
+    def test_a_deadline_put_off_does_not_cut_a_step_short(self, clock):
+        with tcpops.TcpOps(clock=clock) as ops:
+            left, right = tcp_pair()
+            conid = ops.attach(right)
+            ops.step(0)
+            ops.tcp_set_connection_lifetime(conid, 2)
+            ops.tcp_set_connection_lifetime(conid, 100)
+            fake = FakeSelector(clock)
+            real, ops._select = ops._select, fake.select
+            assert ops.step(7) == 0
+            assert fake.waits == [2, 5]
+            ops._select = real
+            fake.close()
+            left.close()
+
+    def test_a_handler_that_raises_changes_nothing_else(self, world, logged):
+        def on_message(msg):
+            raise ZeroDivisionError("in a handler")
+        world.on_message = on_message
+        world.on_event = on_message
+        sock, conid = world.client()
+        world.talk(sock)
+        world.talk(sock)
+        sock.close()
+        assert world.end(conid).reason == "eof"
+        assert len(logged) == 4
+        assert all(f"conid {conid}: World._" in line for line in logged)
+
+    def test_a_handler_that_closes_its_neighbours(self, world):
+        socks = [world.client() for _ in range(5)]
+        world.on_message = lambda msg: [
+            world.ops.tcp_close_connection(conid) for _, conid in socks]
+        for sock, _ in socks:
+            sock.send(b"x")
+        world.until(lambda: len(world.ends()) == 5)
+        assert len(world.messages) == 1
+
+    def test_an_event_handler_that_closes_its_neighbours(self, world):
+        socks = [world.client() for _ in range(5)]
+        depth = []
+
+        def on_event(event):
+            depth.append(event.conid)
+            assert depth == [event.conid]  # never inside another handler
+            for _, conid in socks:
+                world.ops.tcp_close_connection(conid)
+            depth.pop()
+        world.on_event = on_event
+        socks[0][0].close()
+        world.until(lambda: len(world.ends()) == 5)
+        assert [e.reason for e in world.ends()] == ["eof"] + ["closed"] * 4
+
+    @pytest.mark.parametrize("method, args", [
+        ("step", ()), ("run", ()), ("drain", (1,))])
+    def test_a_handler_that_runs_the_loop(self, world, logged, method, args):
+        sock, conid = world.client()
+        world.on_message = lambda msg: getattr(world.ops, method)(*args)
+        world.talk(sock)
+        assert len(logged) == 1 and world.ops.tcp_conid_alive(conid)
+        world.talk(sock)
+
+    def test_a_handler_that_closes_the_loop(self, world):
+        ops = world.ops
+        conids = [world.client()[1] for _ in range(3)]
+        sock, conid = world.client()
+
+        def on_message(msg):
+            ops.close()
+            assert not world.ends()  # when the handler has returned
+            assert ops.tcp_conid_state() is State.NOT_FOUND
+            with pytest.raises(RuntimeError):
+                ops.connect("127.0.0.1", 9)
+        world.on_message = on_message
+        sock.send(b"x")
+        ops.run()
+        assert sorted(e.conid for e in world.ends()) == conids + [conid]
+        assert {e.reason for e in world.ends()} == {"shutdown"}
+        for call in (ops.run, ops.step, lambda: ops.call_soon(print),
+                     lambda: ops.listen("", 0), lambda: ops.drain(1),
+                     lambda: ops.connect("127.0.0.1", 9), ops.fileno):
+            with pytest.raises(RuntimeError, match="closed"):
+                call()
+        ops.close()  # again
+        ops.stop()
+        assert ops.next_deadline() is None
+
+    def test_an_event_handler_that_steps_while_closing(self, world, logged):
+        world.client()
+        world.on_event = lambda event: world.ops.step(0)
+        world.ops.close()
+        assert len(logged) == 1
+
+    def test_with(self):
+        told = []
+        with tcpops.TcpOps() as ops:
+            ops.event_route("tcp:closed")(told.append)
+            left, right = tcp_pair()
+            ops.attach(right)
+        assert [event.reason for event in told] == ["shutdown"]
+        assert left.recv(9) == b""
+        left.close()
+
+    def test_close_while_a_dead_socket_waits(self, world):
+        sock, conid = world.client()
+        rst(sock)
+        assert world.ops.tcp_conid_state(conid) is State.ERROR
+        world.ops.close()
+        assert [e.reason for e in world.ends()] == ["reset"]
+
+    def test_a_handler_that_closes_the_loop_over_a_dead_socket(self, world):
+        sock, conid = world.client()
+        sock.send(b"x")
+        rst(sock)
+        assert world.ops.tcp_conid_state(conid) is State.ERROR
+        world.on_message = lambda msg: world.ops.close()
+        world.ops.step(0)
+        assert [e.reason for e in world.ends()] == ["reset"]
+
+    def test_drain_sends_what_is_queued(self, world):
+        sock, conid = world.client()
+        idle, other = world.client()
+        world.fill(conid)
+        total = (world.ops.connection(conid).bytes_out
+                 + len(world.ops._table.get(conid).out))
+        got = []
+
+        def read():
+            data = sock.recv(1 << 20)
+            while data:
+                got.append(len(data))
+                data = sock.recv(1 << 20)
+        reader = threading.Thread(target=read)
+        reader.start()
+        world.ops.drain(5)
+        reader.join()
+        assert sum(got) == total and idle.recv(9) == b""
+        assert {e.reason for e in world.ends()} == {"shutdown"}
+        assert len(world.ends()) == 2 and not world.ops.listeners()
+
+    def test_drain_ends_in_time_whatever_happens(self, world):
+        sock, conid = world.client()
+        world.fill(conid)
+        with full_backlog() as address:
+            world.ops.connect(*address)
+            dead, third = world.client()
+            dead.send(b"last words")
+            rst(dead)
+            world.ops.tcp_conid_state(third)
+            start = time.monotonic()
+            world.ops.drain(0.2)
+            assert time.monotonic() - start < 2
+        reasons = [e.reason for e in world.ends()]
+        assert sorted(reasons) == ["reset", "shutdown", "shutdown"]
+        assert world.messages[0].data == b"last words"
+
+    def test_drain_takes_nobody_new(self, world, logged):
+        _, conid = world.client()
+        world.on_event = lambda event: world.ops.connect("127.0.0.1", 9)
+        world.ops.drain(1)
+        assert "drained" in str(world.ends()) and len(logged) == 1
+        world.on_event = None
+        world.ops.listen("127.0.0.1", 0)  # afterwards it may go on
+
+    @pytest.mark.parametrize("timeout", [-1, None, "x", float("nan")])
+    def test_drain_checks_its_timeout(self, world, timeout):
+        with pytest.raises(ValueError, match="timeout"):
+            world.ops.drain(timeout)
+
+    def test_stop_and_call_soon_from_another_thread(self, world):
+        ops = world.ops
+        called = []
+
+        def other():
+            for n in range(100):
+                ops.call_soon(called.append, n)
+            ops.call_soon(ops.stop)
+        thread = threading.Thread(target=other)
+        thread.start()
+        ops.run()
+        thread.join()
+        assert called == list(range(100))
+
+    def test_stop_before_run(self, world):
+        world.ops.stop()
+        world.ops.run()
+
+    def test_stop_in_a_handler(self, world):
+        sock, _ = world.client()
+        world.on_message = lambda msg: world.ops.stop()
+        sock.send(b"x")
+        world.ops.run()
+        assert world.messages
+
+    def test_stop_from_a_signal_handler(self, world):
+        before = signal.signal(signal.SIGUSR1,
+                               lambda *_: world.ops.stop())
+        try:
+            world.ops.call_soon(os.kill, os.getpid(), signal.SIGUSR1)
+            world.ops.run()
+        finally:
+            signal.signal(signal.SIGUSR1, before)
+
+    def test_call_soon_logs_what_is_raised(self, world, logged):
+        world.ops.call_soon(lambda: 1 / 0)
+        world.settle()
+        assert len(logged) == 1 and "call_soon" in logged[0]
+
+    def test_a_thousand_wake_ups_are_one(self, world):
+        for _ in range(100000):
+            world.ops.stop()
+        world.ops._stopping = False
+        world.settle()
+        assert world.ops.step(0) == 0
+
+    def test_ten_thousand_deadlines_do_not_stall_the_others(self, timed):
+        """A turn's share is 256 of them."""
+        conids = []
+        for _ in range(600):
+            _, conid = timed.client()
+            timed.ops.tcp_set_connection_lifetime(conid, 5)
+            conids.append(conid)
+        sock, lively = timed.client()
+        timed.clock.advance(5)
+        sock.send(b"x")
+        timed.ops.step(0)
+        assert timed.messages and len(timed.ends()) == tcpops._BATCH
+        timed.until(lambda: len(timed.ends()) == 600)
+
+    def test_fileno_and_next_deadline(self, clock):
+        """What another loop needs: readable whenever there is work."""
+        with tcpops.TcpOps(clock=clock) as ops:
+            def readable():
+                with selectors.DefaultSelector() as selector:
+                    selector.register(ops.fileno(), selectors.EVENT_READ)
+                    return bool(selector.select(0))
+
+            def settled():
+                while ops.step(0):
+                    pass
+                return not readable()
+            assert settled() and ops.next_deadline() is None
+            left, right = tcp_pair()
+            conid = ops.attach(right)
+            assert readable() and ops.next_deadline() == clock()
+            assert settled() and ops.next_deadline() == clock() + 120
+            ops.tcp_set_connection_lifetime(conid, 50)
+            assert readable() and ops.next_deadline() == clock() + 50
+            assert settled()
+            ops.tcp_set_connection_lifetime(conid, 500)
+            assert not readable()
+            left.send(b"x")
+            assert readable() and settled()
+            ops.call_soon(lambda: None)
+            assert readable() and ops.next_deadline() == clock()
+            assert settled()
+            ops.tcp_close_connection(conid)
+            assert readable() and settled()
+            left.close()
+
+    def test_stats(self, world):
+        sock, conid = world.client()
+        other, _ = world.client()
+        world.on_message = lambda msg: msg.reply(b"12")
+        world.talk(sock, b"12345")
+        world.talk(other, b"1")
+        assert sock.recv(9) == b"12"
+        sock.close()
+        world.end(conid)
+        stats = world.ops.stats()
+        ended = stats.pop("ended")
+        assert stats == {"opened": 2, "accepts_refused": 0, "bytes_in": 6,
+                         "bytes_out": 4}
+        assert set(ended) == set(tcpops.REASONS)
+        assert {r: n for r, n in ended.items() if n} == {"eof": 1}
+
+    def test_connection_info(self, timed):
+        sock, conid = timed.client()
+        timed.clock.advance(3)
+        timed.talk(sock)
+        timed.clock.advance(2)
+        info = timed.ops.connection(conid)
+        assert isinstance(info, tcpops.ConnectionInfo)
+        host, port = sock.getsockname()
+        assert info == (conid, "tcp", host, port, "127.0.0.1", timed.port,
+                        "raw", State.OK, 5, 2, 120, timed.clock() + 118, None,
+                        5, 0)
+        assert timed.ops.connections() == [info]
+        assert [i.conid for i in timed.ops.listeners()] == [timed.listener]
+        assert timed.ops.listeners()[0].deadline is None
+        for wrong in (None, "x", 99, conid + 0.0, [], True):
+            assert timed.ops.connection(wrong) is None
+
+    def test_repr(self, world):
+        sock, conid = world.client()
+        assert repr(world.ops) == "<TcpOps: 1 listeners, 1 connections>"
+        host, port = sock.getsockname()
+        assert repr(world.ops._table.get(conid)) == (
+            f"<Connection conid {conid} OPEN {host}:{port}>")
+
+    def test_nothing_is_left(self):
+        """No descriptor, no heap entry, no object."""
+        before = len(os.listdir("/proc/self/fd"))
+        world = World()
+        for _ in range(50):
+            sock, conid = world.client()
+            world.talk(sock)
+        for n, info in enumerate(world.ops.connections()):
+            (rst if n % 2 else socket.socket.close)(world.socks[n])
+        world.until(lambda: not world.ops.connections())
+        world.ops.close()
+        assert not world.ops._table and len(world.ops._deadlines) == 0
+        refs = [weakref.ref(world.ops)]
+        world.socks.clear()
+        world.messages.clear()
+        del world, sock
+        gc.collect()
+        assert refs[0]() is None
+        assert not [o for o in gc.get_objects()
+                    if isinstance(o, tcpops.Connection)]
+        assert len(os.listdir("/proc/self/fd")) == before
+
+
+# -- section 13 of the file: the command line ---------------------------------
+
+
+class Cli:
+    """python tcpops.py, running."""
+
+    def __init__(self, *args, **how):
+        how = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE,
+               "stderr": subprocess.PIPE, **how}
+        self.process = subprocess.Popen(
+            [sys.executable, str(HERE / "tcpops.py"), *map(str, args)],
+            cwd=HERE, text=True, **how)
+        self.killer = threading.Timer(30, self.process.kill)
+        self.killer.start()
+        self.seen = []
+
+    def until(self, pattern):
+        """Read lines until one has the pattern; return the match."""
+        while True:
+            line = self.process.stdout.readline()
+            assert line, (self.seen, self.process.communicate()[1])
+            self.seen.append(line.rstrip("\n"))
+            match = re.search(pattern, line)
+            if match:
+                return match
+
+    def port(self):
+        """Return the port of the next listener that it tells."""
+        return int(self.until(r"listening on .*:(\d+) \(conid")[1])
+
+    def type(self, line):
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
+
+    def end(self, number=None):
+        """Send a signal, if any; return (status, rest of stdout, stderr)."""
+        if number:
+            self.process.send_signal(number)
+        try:
+            out, err = self.process.communicate()
+        finally:
+            self.killer.cancel()
+        return self.process.returncode, out, err
+
+
+@pytest.fixture
+def cli():
+    """Start command lines that are gone afterwards."""
+    started = []
+
+    def start(*args, **how):
+        started.append(Cli(*args, **how))
+        return started[-1]
+    yield start
+    for one in started:
+        one.process.kill()
+        one.end()
+
+
+def refused(*args, **how):
+    """Run a command line that fails at once; return (status, its line)."""
+    done = subprocess.run(
+        [sys.executable, str(HERE / "tcpops.py"), *map(str, args)], cwd=HERE,
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=30,
+        **how)
+    assert "Traceback" not in done.stderr and done.stderr.count("\n") == 1
+    return done.returncode, done.stderr.strip()
+
+
+class TestCommandLine:
+    def test_a_session(self, cli):
+        """nc, an RST, an idle hang: every line that is printed is true."""
+        run = cli("--listen", 0, "--console", "--lifetime", "0.3")
+        port = run.port()
+        with socket.create_connection(("127.0.0.1", port)) as sock:
+            ours = "%s:%d" % sock.getsockname()
+            run.until(rf"^\d\d:\d\d:\d\d\.\d{{3}} tcp:opened  conid 2  tcp"
+                      rf" {ours}$")
+            sock.sendall(b"hello\n")
+            run.until(r" message     conid 2  6 bytes  b'hello\\n'$")
+        run.until(r" tcp:closed  conid 2  eof  \d\.\d s, 6 bytes in, 0 out$")
+        sock = socket.create_connection(("127.0.0.1", port))
+        run.until("conid 3")
+        rst(sock)
+        run.until(r" tcp:reset   conid 3  reset  \d\.\d s, 0 bytes in, 0 out"
+                  r"  \(Connection reset by peer\)$")
+        with socket.create_connection(("127.0.0.1", port)):
+            run.until(r" tcp:timeout conid 4  lifetime  \d\.\d s, 0 bytes in,"
+                      r" 0 out  \(idle for 0.3 s\)$")
+        status, _, err = run.end(signal.SIGINT)
+        assert (status, err) == (0, "")
+
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    def test_a_signal_ends_all_with_their_events(self, cli, number):
+        run = cli("--listen", 0)
+        sock = socket.create_connection(("127.0.0.1", run.port()))
+        with sock:
+            run.until("tcp:opened")
+            status, out, err = run.end(number)
+            assert sock.recv(9) == b""
+        assert re.search("tcp:closed  conid 2  shutdown", out)
+        assert (status, err) == (0, "")
+
+    def test_what_is_queued_is_sent(self, cli):
+        run = cli("--listen", 0, "--echo")
+        sock = socket.create_connection(("127.0.0.1", run.port()))
+        data = b"x" * (8 << 20)
+        sock.setblocking(False)
+        sent = 0
+        with sock:
+            while sent < len(data):
+                try:
+                    sent += sock.send(data[sent:sent + 65536])
+                except BlockingIOError:
+                    if sent > 1 << 20:
+                        break
+            sock.settimeout(10)
+            run.until("message")
+            run.process.send_signal(signal.SIGTERM)
+            got = 0
+            with contextlib.suppress(ConnectionResetError):
+                while True:
+                    chunk = sock.recv(1 << 20)
+                    if not chunk:
+                        break
+                    got += len(chunk)
+            status, out, _ = run.end()
+            told = re.search(r"shutdown .* (\d+) out", out)
+            assert status == 0 and got == int(told[1]) > 0
+
+    def test_a_second_signal_stops_at_once(self, cli, tmp_path):
+        """The first would wait for a peer that does not read."""
+        path = tmp_path / "routes.py"
+        path.write_text("@request_route\ndef _(msg):\n"
+                        "    msg.reply(bytes(64 << 20))\n")
+        run = cli("--listen", 0, "--routes", path)
+        with socket.create_connection(("127.0.0.1", run.port())) as sock:
+            sock.sendall(b"x")
+            run.until("message")
+            start = time.monotonic()
+            run.process.send_signal(signal.SIGINT)
+            while run.process.poll() is None:
+                # Two that come at once are one.
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    run.process.wait(0.3)
+                run.process.send_signal(signal.SIGINT)
+            status, out, err = run.end()
+            assert status == 130 and "shutdown" in out and not err
+            assert time.monotonic() - start < tcpops._DRAIN
+
+    def test_the_readme_s_transcript(self):
+        """Typed at a terminal."""
+        readme = (HERE / "README.md").read_text(encoding="utf-8")
+        wanted = re.search(r"```console\n\$ python3 tcpops.py --listen\n"
+                           r"(.*?)```", readme, re.S)[1]
+        typed = re.findall(r"^> (.*)$", wanted, re.M)
+
+        def plain(text):
+            text = re.sub(r"\d\d:\d\d:\d\d\.\d{3}", "TIME", text)
+            text = re.sub(r"127\.0\.0\.1[: ]\d+", "ADDRESS", text)
+            return re.sub(r"\d+\.\d\b", "N.N", text)
+
+        own = ("import fcntl, os, sys, termios; os.setsid();"
+               "fcntl.ioctl(0, termios.TIOCSCTTY, 0);"
+               "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])")
+        terminal, end = pty.openpty()
+        process = subprocess.Popen(
+            [sys.executable, "-c", own, "tcpops.py", "--listen", "0"],
+            cwd=HERE, stdin=end, stdout=end, stderr=end)
+        os.close(end)
+        seen = ""
+
+        def until(text):
+            nonlocal seen
+            start = len(seen)
+            while text not in seen[start:]:
+                try:
+                    seen += os.read(terminal, 4096).decode()
+                except OSError:  # the child has gone
+                    break
+        until("> ")
+        port = int(re.search(r"nc 127.0.0.1 (\d+)", seen)[1])
+        with socket.create_connection(("127.0.0.1", port)) as sock:
+            until("> ")
+            sock.sendall(b"hello\n")
+            until("> ")
+            os.write(terminal, b"\n")  # an empty line is nothing
+            until("> ")
+            for line in typed:
+                os.write(terminal, line.encode() + b"\n")
+                until("\n> ") if line != "list" else until("0 out\r\n> ")
+        until("> ")
+        os.write(terminal, b"\x04")  # end of input: quit
+        until("never")
+        assert process.wait() == 0
+        os.close(terminal)
+        # An empty line, a prompt written over, what Ctrl-D shows.
+        seen = seen.replace("\r\n", "\n").replace("> \n> ", "> ")
+        seen = seen.replace("> \r", "").replace("\r", "")
+        seen = seen.rstrip("> \n^D\b")
+        assert plain(seen) == plain(wanted.rstrip("\n"))
+
+    def test_the_console_takes_every_function(self, cli):
+        run = cli("--listen", 0, "--console", "--closed-event", 2)
+        with socket.create_connection(("127.0.0.1", run.port())) as sock:
+            run.until("conid 2")
+            ours = "%s:%d" % sock.getsockname()
+            for line, answer in [
+                    ("tcp_conid_alive 2", "1"), ("tcp_conid_state 2",
+                                                 "2 ACCEPT"),
+                    ("tcp_conid_state 77", "-1 NOT_FOUND"),
+                    ("tcp_conid_alive 77", "-1"),
+                    ("tcp_keepalive_enable 2 60 5 5", "1"),
+                    ("tcp_keepalive_enable 2 60 999 5", "-1"),
+                    ("  tcp_keepalive_disable   2  ", "1"),
+                    ("tcp_set_connection_lifetime 2 50", "1"),
+                    ("tcp_enable_closed_event 2", "1"),
+                    (f"tcp_get_conid {ours}", "2"),
+                    (f"tcp_con_alive {ours}", "1"),
+                    ("tcp_set_otcpid 2", "-1"), ("tcp_conid_state", "-1"),
+                    ("tcp_conid_state x", "-1 NOT_FOUND"),
+                    (r"send 2 a b\r\n\x41\\", "1"), ("send 77 x", "-1"),
+                    ("send", "-1"), (r"send 2 \q", "-1"),
+                    ("nonsense", "-1"), ("__init__", "-1"), ("", None),
+                    ("help", "commands:"), ("tcp_close_connection 2", "1")]:
+                run.type(line)
+                if answer is not None:
+                    run.until("^" + re.escape(answer))
+            assert sock.recv(99) == b"a b\r\nA\\"
+        run.until("tcp:closed  conid 2  closed")
+        run.type("list")
+        run.until("^conid 1  listening on 127.0.0.1:")
+        run.type("tcp_close_connection 1")
+        run.until("^1")
+        run.type("list")
+        run.until("^no connections")
+        run.type("quit")
+        status, _, err = run.end()
+        assert status == 0
+        assert "999 as count (TCP_KEEPCNT)" in err and "type help" in err
+        assert r"no such escape: \q" in err
+
+    def test_the_end_of_the_input_is_quit(self, cli):
+        run = cli("--listen", 0, "--console")
+        run.port()
+        run.process.stdin.close()
+        run.process.stdin = None
+        assert run.end()[0] == 0
+
+    def test_standard_input_is_not_read_unless_told(self, cli):
+        run = cli("--listen", 0, stdin=subprocess.DEVNULL)
+        with socket.create_connection(("127.0.0.1", run.port())):
+            run.until("tcp:opened")
+        run.until("tcp:closed")
+        assert run.end(signal.SIGINT)[0] == 0
+
+    def test_json(self, cli):
+        run = cli("--listen", 0, "--json", "--console", "--framing", "line")
+        told = json.loads(run.process.stdout.readline())
+        assert told["event"] == "listening" and told["framing"] == "line"
+        with socket.create_connection(("127.0.0.1", told["Rp"])) as sock:
+            opened = json.loads(run.process.stdout.readline())
+            sock.sendall(b"caf\xe9\n")
+            message = json.loads(run.process.stdout.readline())
+            run.type("tcp_conid_state 2")
+            state = json.loads(run.process.stdout.readline())
+            run.type("list")
+            conns = json.loads(run.process.stdout.readline())
+            run.type("x")
+            unknown = json.loads(run.process.stdout.readline())
+            host, port = sock.getsockname()
+        closed = json.loads(run.process.stdout.readline())
+        assert opened["event"] == "tcp:opened" and opened["conid"] == 2
+        assert opened["reason"] is None and abs(
+            opened["time"] - time.time()) < 60
+        assert message["data"].encode("latin-1") == b"caf\xe9"
+        assert (message["bytes"], message["si"], message["sp"]) == (
+            4, host, port)
+        state.pop("time")
+        assert state == {"command": "tcp_conid_state", "result": 1,
+                         "state": "OK"}
+        assert conns["connections"][0]["conid"] == 2
+        assert conns["listeners"][0]["conid"] == 1
+        assert unknown["result"] == -1 and "help" in unknown["error"]
+        assert (closed["event"], closed["reason"], closed["bytes_in"],
+                closed["errno"]) == ("tcp:closed", "eof", 5, None)
+        assert run.end(signal.SIGTERM)[0] == 0
+
+    def test_options(self, cli):
+        run = cli("--listen", 0, "--listen", "127.0.0.2:0", "--listen",
+                  "[::1]:0", "--keepalive", "60,5,4", "--max-connections",
+                  "2", "--lifetime", "77", "--console")
+        ports = [run.port() for _ in range(3)]
+        hosts = ("127.0.0.1", "127.0.0.2", "::1")
+        with contextlib.ExitStack() as stack:
+            for address in zip(hosts, ports):
+                stack.enter_context(socket.create_connection(address))
+            run.until("conid 5")
+            run.type("list")
+            run.until("keepalive 60,5,4")
+            assert "of 77 s" in run.seen[-1]
+        status, out, err = run.end(signal.SIGINT)
+        assert status == 0 and "max_connections" in err
+        assert len(re.findall("tcp:opened", "\n".join(run.seen))) == 2
+
+    def test_wildcards_are_no_address_to_connect_to(self, cli):
+        run = cli("--listen", "0.0.0.0:0", "--listen", "[::]:0")
+        run.until(r"0.0.0.0:(\d+) .* nc 127.0.0.1 \1")
+        run.until(r"\[::\]:(\d+) .* nc ::1 \1")
+        run.end(signal.SIGINT)
+
+    def test_connect(self, cli):
+        """With --connect alone it leaves when nothing is left."""
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+            run = cli("--connect", f"127.0.0.1:{port}", "--connect",
+                      "127.0.0.1:1", "--closed-event", 0)
+            peer, _ = server.accept()
+            run.until("connecting to 127.0.0.1:1 ")
+            run.until(r"tcp:opened  conid 1")
+            peer.close()
+            assert run.end()[0] == 0
+
+    def test_connect_in_vain(self):
+        status, line = refused("--connect", "127.0.0.1:1")
+        assert status == 1 and "no connection was made" in line
+
+    def test_connect_and_quit(self, cli):
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            run = cli("--connect", "127.0.0.1:%d" % server.getsockname()[1])
+            run.until("tcp:opened")
+            assert run.end(signal.SIGINT)[0] == 0
+
+    @pytest.mark.parametrize("args, status, says", [
+        ([], 2, "nothing to do"),
+        (["--nonsense"], 2, "unrecognized"),
+        (["--listen", "port"], 2, "no port in 'port'"),
+        (["--listen", "host:port"], 2, "no port"),
+        (["--listen", "99999"], 2, "address must be"),
+        (["--listen", "::1"], 2, "address must be"),
+        (["--listen", "٣"], 2, "no port"),
+        (["--listen", ""], 2, "no port"),
+        (["--connect", "127.0.0.1"], 2, "no port"),
+        (["--connect", "127.0.0.1:0"], 2, "address must be"),
+        (["--connect"], 2, "expected one argument"),
+        (["--listen", "--lifetime", "long"], 2, "invalid float"),
+        (["--listen", "--lifetime", "-1"], 2, "connection_lifetime"),
+        (["--listen", "--lifetime", "nan"], 2, "connection_lifetime"),
+        (["--listen", "--closed-event", "7"], 2, "closed_event"),
+        (["--listen", "--closed-event", "x"], 2, "invalid int"),
+        (["--listen", "--max-connections", "0"], 2, "max_connections"),
+        (["--listen", "--keepalive", "60"], 2, "three numbers"),
+        (["--listen", "--keepalive", "a,b,c"], 2, "three numbers"),
+        (["--listen", "--keepalive", "60,999,5"], 2, "TCP_KEEPCNT"),
+        (["--listen", "--keepalive", "60,5," + "9" * 30], 2, "TCP_KEEPINTVL"),
+        (["--listen", "--framing", "x"], 2, "invalid choice"),
+        (["--listen", "--log-level", "x"], 2, "invalid choice"),
+        (["--call"], 2, "--call takes"),
+        (["--call", "/tmp/x"], 2, "--call takes"),
+        (["--listen", "192.0.2.1:0"], 1, "Cannot assign requested address"),
+        (["--listen", "no-such-host.invalid:0"], 1, "cannot listen on"),
+        (["--connect", "no-such-host.invalid:1"], 1, "cannot connect to"),
+        (["--connect", "a..b:1"], 1, "cannot connect to a..b:1"),
+        (["--listen", "--routes", "/no/such/file"], 1, "No such file"),
+        (["--listen", "--control", "/no/such/dir/x"], 1, "No such file"),
+        (["--listen", "--control", "/" + "x" * 200], 1, "too long"),
+        (["--call", "/no/such/socket", "list"], 1, "No such file"),
+    ])
+    def test_what_cannot_work_is_one_line(self, args, status, says):
+        got, line = refused(*args)
+        assert got == status and says in line
+        assert line.startswith("tcpops.py: ")
+
+    def test_a_busy_port(self, world):
+        status, line = refused("--listen", world.port)
+        assert (status, line) == (1, "tcpops.py: cannot listen on 127.0.0.1:"
+                                  f"{world.port}: Address already in use")
+
+    @pytest.mark.skipif(os.getuid() != 0, reason="needs root, to drop"
+                        " CAP_NET_BIND_SERVICE as an ordinary user has it")
+    def test_a_low_port_as_an_ordinary_user(self):
+        limit = Path("/proc/sys/net/ipv4/ip_unprivileged_port_start")
+        if int(limit.read_text()) <= 1:
+            pytest.skip("every port is free to all on this machine")
+        drop = ("import ctypes, os, sys;"
+                "ctypes.CDLL(None).prctl(24, 10, 0, 0, 0);"
+                "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])")
+        done = subprocess.run(
+            [sys.executable, "-c", drop, "tcpops.py", "--listen", "1"],
+            cwd=HERE, capture_output=True, text=True, timeout=30)
+        assert (done.returncode, done.stderr) == (
+            1, "tcpops.py: cannot listen on 127.0.0.1:1: Permission denied\n")
+
+    def test_version_and_help(self, capsys):
+        for args, text in ((["--version"], f"tcpops {tcpops.__version__}\n"),
+                           (["--help"], "Exit status:")):
+            with pytest.raises(SystemExit) as done:
+                tcpops.main(args)
+            assert done.value.code == 0
+            assert text in capsys.readouterr().out
+
+    def test_help_names_every_function(self):
+        methods = [name for name in vars(tcpops.TcpOps)
+                   if name.startswith("tcp_")]
+        assert list(tcpops._FUNCTIONS) == methods
+        for name in methods[:-2]:
+            assert name in tcpops._HELP
+
+    def test_a_reader_that_leaves(self, cli):
+        run = cli("--listen", 0)
+        port = run.port()
+        run.process.stdout.close()
+        with socket.create_connection(("127.0.0.1", port)):
+            run.process.wait()
+        run.process.stdout = None
+        status, _, err = run.end()
+        assert (status, err) == (1, "")
+
+    def test_without_standard_input(self, monkeypatch):
+        monkeypatch.setattr(sys, "stdin", None)
+        assert not tcpops._at_terminal()
+
+    def test_log_level(self, cli):
+        run = cli("--listen", 0, "--log-level", "debug")
+        with socket.create_connection(("127.0.0.1", run.port())):
+            run.until("tcp:opened")
+        run.until("tcp:closed")
+        _, _, err = run.end(signal.SIGINT)
+        assert "DEBUG = conid 2 open" in err
+
+
+ROUTES = '''
+import tcpops
+modparam("tcpops", "closed_event", 2)
+assert isinstance(ops, tcpops.TcpOps)  # one module, not two
+
+@request_route
+def request(msg):
+    if msg.data.startswith(b"REGISTER"):
+        assert tcp_enable_closed_event()
+        tcp_set_connection_lifetime("3605")
+        msg.reply(b"%d" % tcp_conid_state())
+    if msg.data == b"STOP":
+        ops.stop()
+
+@event_route("tcp:closed")
+def closed(event):
+    print("connection", ops.conid, "was closed", flush=True)
+'''
+
+
+class TestRoutes:
+    """--routes FILE.py."""
+
+    def test_the_specification_s_words_are_plain_names(self, cli, tmp_path):
+        path = tmp_path / "routes.py"
+        path.write_text(ROUTES)
+        run = cli("--listen", 0, "--routes", path, "--console")
+        port = run.port()
+        with socket.create_connection(("127.0.0.1", port)) as one, \
+                socket.create_connection(("127.0.0.1", port)) as two:
+            one.sendall(b"REGISTER")
+            assert one.recv(9) == b"1"
+            run.type("list")
+            run.until("of 3605 s")
+            two.sendall(b"hello")
+            run.until("hello")
+        run.until("tcp:closed  conid 2  eof")
+        run.until("connection 2 was closed")
+        with socket.create_connection(("127.0.0.1", port)) as sock:
+            sock.sendall(b"STOP")
+            status, _, err = run.end()
+        assert (status, err) == (0, "")
+
+    @pytest.mark.parametrize("text, says", [
+        ("x = 1\ny = nothing\n", ":2: NameError: name 'nothing'"),
+        ("def f():\n    1 / 0\n\nf()\n", ":2: ZeroDivisionError"),
+        ("x = 1\ny = = 2\n", ":2: SyntaxError"),
+        ("import no_such_module\n", ":1: ModuleNotFoundError"),
+        ("modparam('tcpops', 'closed_event', 9)\n", ":1: ValueError"),
+        ("event_route('nonsense')\n", ":1: ValueError: an event is one of"),
+    ])
+    def test_a_file_that_fails(self, tmp_path, text, says):
+        path = tmp_path / "routes.py"
+        path.write_text(text)
+        status, line = refused("--listen", 0, "--routes", path)
+        assert status == 1 and f"routes.py{says}" in line
+
+
+class TestControl:
+    """--control PATH and --call PATH."""
+
+    def call(self, path, *command, **how):
+        done = subprocess.run(
+            [sys.executable, "tcpops.py", *how.get("options", ()), "--call",
+             str(path), *command], cwd=HERE, capture_output=True, text=True,
+            timeout=30)
+        assert "Traceback" not in done.stderr
+        return done.returncode, done.stdout, done.stderr
+
+    def test_commands(self, cli, tmp_path):
+        path = tmp_path / "control"
+        run = cli("--listen", 0, "--control", path)
+        with socket.create_connection(("127.0.0.1", run.port())) as sock:
+            run.until("tcp:opened")
+            assert stat.S_IMODE(path.stat().st_mode) == 0o600
+            assert self.call(path, "tcp_conid_state", "2") == (
+                0, "2 ACCEPT\n", "")
+            assert self.call(path, "send", "2", "two words\n") == (0, "1\n",
+                                                                   "")
+            assert sock.recv(99) == b"two words\n"
+            status, out, _ = self.call(path, "list")
+            assert status == 0 and "conid 2  tcp 127.0.0.1:" in out
+            status, out, _ = self.call(path, "tcp_conid_state", "2",
+                                       options=["--json"])
+            assert json.loads(out) == {"command": "tcp_conid_state",
+                                       "result": 1, "state": "OK"}
+            assert self.call(path, "tcp_conid_alive", "77") == (1, "-1\n", "")
+            status, out, err = self.call(
+                path, "tcp_set_connection_lifetime", "2", "-1")
+            assert (status, out) == (1, "-1\n") and "lifetime must be" in err
+            assert self.call(path, "help")[0] == 0
+        assert self.call(path, "quit")[0] == 0
+        status, _, err = run.end()
+        assert status == 0 and not path.exists()
+
+    def test_one_client_many_lines(self, cli, tmp_path):
+        path = tmp_path / "control"
+        run = cli("--listen", 0, "--control", path)
+        run.port()
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.connect(str(path))
+            sock.settimeout(10)
+            sock.sendall(b"tcp_conid_state 1\nx\n\xff\nhelp\n")
+            with sock.makefile() as lines:
+                answers = [json.loads(lines.readline()) for _ in range(4)]
+        assert [answer["result"] for answer in answers] == [2, -1, -1, 1]
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.connect(str(path))
+            sock.sendall(b"help\n" * 100)  # and leaves before the answers
+        assert self.call(path, "tcp_conid_state", "1")[1] == "2 ACCEPT\n"
+        assert run.end(signal.SIGINT)[0] == 0 and not path.exists()
+
+    def test_what_a_killed_program_left_is_replaced(self, cli, tmp_path):
+        path = tmp_path / "control"
+        run = cli("--listen", 0, "--control", path)
+        run.port()
+        status, line = refused("--listen", 0, "--control", path)
+        assert status == 1 and "a program answers there" in line
+        run.end(signal.SIGKILL)
+        assert path.exists()
+        run = cli("--listen", 0, "--control", path)
+        run.port()
+        assert self.call(path, "tcp_conid_state", "1")[0] == 0
+        run.end(signal.SIGINT)
+
+    def test_what_is_no_socket_is_spared(self, tmp_path):
+        path = tmp_path / "precious"
+        path.write_text("data")
+        status, line = refused("--listen", 0, "--control", path)
+        assert status == 1 and "Address already in use" in line
+        assert path.read_text() == "data"
+
+    def test_a_server_that_says_nothing(self, tmp_path):
+        path = tmp_path / "control"
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(str(path))
+            server.listen()
+
+            def shut():
+                server.accept()[0].close()
+            thread = threading.Thread(target=shut)
+            thread.start()
+            status, _, err = self.call(path, "list")
+            thread.join()
+        assert status == 1 and err.startswith("tcpops.py: cannot call")
+
+
+# -- the words in README.md and the examples ----------------------------------
+
+
+README = (HERE / "README.md").read_text(encoding="utf-8")
+
+
+def table(header):
+    """Return the rows of README's table that begins with this header."""
+    lines = README.split("\n")
+    start = lines.index(header)
+    rows = []
+    for line in lines[start + 2:]:
+        if not line.startswith("|"):
+            return rows
+        rows.append([cell.strip() for cell in line.strip("|").split("|")])
+
+
+class TestReadme:
+    def test_the_first_program_prints_what_it_says(self):
+        code, out = re.findall(r"```(?:python|text)\n(.*?)```", README,
+                               re.S)[:2]
+        assert len(code.strip().split("\n")) == 12
+        done = subprocess.run([sys.executable, "-c", code], cwd=HERE,
+                              capture_output=True, text=True, timeout=30)
+        assert (done.stdout, done.stderr) == (out, "")
+
+    def test_every_function_is_in_the_table(self):
+        rows = table("| spec | function | returns |")
+        named = re.findall(r"`(\w+)\(", " ".join(row[1] for row in rows))
+        assert sorted(named) == sorted(
+            [*tcpops._FUNCTIONS, "modparam", "event_route"])
+
+    def test_every_python_call_is_in_the_table(self):
+        rows = table("| call | what it does |")
+        named = set(re.findall(r"\b([a-z_]+)\b", " ".join(
+            row[0] for row in rows)))
+        public = {name for cls in (tcpops.TcpOps, tcpops.Loop, tcpops.Routes)
+                  for name in vars(cls) if not name.startswith("_")}
+        described = {"modparam", "event_route", "event_handler",
+                     "message_handler", "closed_event", "event_callback",
+                     "connection_lifetime", *tcpops._FUNCTIONS}
+        assert public - described <= named
+
+    def test_the_settings(self):
+        import inspect
+        wanted = {
+            name: parameter.default for name, parameter in
+            inspect.signature(tcpops.TcpOps).parameters.items()}
+        wanted["clock"] = "time.monotonic"
+        rows = table("| setting | default | meaning |")
+        assert [(row[0].strip("`"), row[1].strip("`")) for row in rows] == [
+            (name, str(value)) for name, value in wanted.items()]
+        for name in wanted:
+            assert re.search(rf"^    {name} ", tcpops.TcpOps.__doc__, re.M)
+
+    def test_the_states(self):
+        rows = table("| state | meaning |")
+        assert [row[0] for row in rows] == [
+            f"{state.value} `{state.name}`" for state in State]
+
+    def test_the_reasons(self):
+        rows = table("| reason | event | cause |")
+        assert [(row[0].strip("`"), row[1].strip("`")) for row in rows] == \
+            list(tcpops.REASONS.items())
+
+    def test_the_fields_of_an_event(self):
+        fields = re.search(r"with all its fields set \((.*?)\)", README,
+                           re.S)[1]
+        assert tuple(re.findall(r"`(\w+)`", fields)) == tcpops.Event._fields
+
+    def test_every_example_is_named_and_links_lead_somewhere(self):
+        for path in (HERE / "examples").glob("*.py"):
+            assert f"(examples/{path.name})" in README
+        for link in re.findall(r"\]\((?!http)([^)]+)\)", README):
+            assert (HERE / link).exists()
+
+    def test_the_default_framings(self):
+        assert list(tcpops._FRAMINGS) == ["raw", "line"]
+
+
+class TestExamples:
+    @pytest.mark.parametrize("name", sorted(
+        path.name for path in (HERE / "examples").glob("*.py")))
+    def test_an_example_prints_what_it_says(self, name, tmp_path):
+        path = HERE / "examples" / name
+        text = path.read_text(encoding="utf-8")
+        assert text.count("\n") < 50
+        doc = ast.get_docstring(ast.parse(text))
+        said = re.search(r"Prints:\n(.*)", doc, re.S)[1]
+        said = re.sub(r"^    ", "", said, flags=re.M).strip() + "\n"
+        start = time.monotonic()
+        done = subprocess.run([sys.executable, "-W", "error", str(path)],
+                              cwd=tmp_path, capture_output=True, text=True,
+                              timeout=30)
+        assert (done.stdout, done.stderr, done.returncode) == (said, "", 0)
+        assert time.monotonic() - start < 10  # 3 s on a machine at leisure

@@ -1236,9 +1236,8 @@ class Loop(Routes):
         family, address = _resolve(host or "0.0.0.0", port, passive=True)[0]
         sock = socket.socket(family, socket.SOCK_STREAM)
         try:
-            if os.name == "posix":
-                # Windows has another meaning for it: any program could
-                # take our port.
+            if os.name == "posix":  # pragma: no branch (Windows)
+                # There it would let any program take our port.
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if reuse_port:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
@@ -1707,10 +1706,9 @@ class Loop(Routes):
                                      _LINGER_RESET)
             elif conn.bytes_out and conn.cause.errno is None:
                 # Unread bytes would turn the FIN into an RST, which destroys
-                # what the peer has not read yet of ours.
-                for _ in range(_BATCH):
-                    if not conn.recv(_RECV_SIZE):
-                        break
+                # what the peer has not read yet of ours.  Ends with EAGAIN
+                # or FIN, or with a peer that sends faster than we read.
+                any(not conn.recv(_RECV_SIZE) for _ in range(_BATCH))
         with contextlib.suppress(OSError):
             conn.sock.close()
 
@@ -1813,13 +1811,11 @@ class Loop(Routes):
         back when the queue is shorter.
         """
         layer = conn.layer
-        complete = False
+        count = 0
         try:
             if data:
                 layer.receive(data)
-            for count in itertools.count():
-                if conn.phase not in _RECEIVING or self._over(conn):
-                    break
+            while conn.phase in _RECEIVING and not self._over(conn):
                 if count == _BATCH and conn.phase is not Phase.DOOMED:
                     self._postpone(conn)
                     break
@@ -1829,9 +1825,9 @@ class Loop(Routes):
                     self._open(conn)
                     self._tell()
                 if payload is None:
-                    self._time_message(conn, complete)
+                    self._time_message(conn, bool(count))
                     break
-                complete = True
+                count += 1
                 self._message(conn, payload)
         except Exception as error:
             self._framing_failed(conn, error)
@@ -1849,13 +1845,13 @@ class Loop(Routes):
         self._speak(conn)
         self._finish(conn, Cause("protocol", None, detail))
 
-    def _time_message(self, conn, complete):
+    def _time_message(self, conn, is_new):
         """Start, go on with or stop the time that a message may take."""
         if conn.phase is not Phase.OPEN:
             return
         if not conn.layer.partial:
             conn.work_due = NEVER
-        elif complete or conn.work_due == NEVER:
+        elif is_new or conn.work_due == NEVER:
             conn.work_due = conn.active + self._message_timeout
             self._arm(conn)
 

@@ -2099,6 +2099,7 @@ class TestSpec_4_1:
         world.until(lambda: len(told) == 2)
         assert told == [("tcp:opened", 2, None), ("tcp:closed", 2, "eof")]
         assert not world.events  # instead of any route
+        assert world.ops.event_callback is not None
         world.ops.modparam("tcpops", "event_callback", None)
         world.client()
         assert world.events
@@ -2482,6 +2483,41 @@ class TestFramings:
             world.until(lambda: False)
         world.until(lambda: len(world.messages) == 3)
         assert world.ops.conid is None
+
+    def test_ctrl_c_in_a_handler_that_has_closed(self, make_world):
+        world = make_world(framing="line")
+        sock, conid = world.client()
+
+        def on_message(msg):
+            world.ops.tcp_close_connection()
+            raise KeyboardInterrupt
+        world.on_message = on_message
+        sock.sendall(b"one\ntwo\n")
+        with pytest.raises(KeyboardInterrupt):
+            world.until(lambda: False)
+        assert world.end(conid).reason == "closed"
+        assert len(world.messages) == 1
+
+    def test_a_queue_during_a_handshake(self, make_world, clock):
+        """It does not put the handshake's deadline off."""
+        world = make_world(framing=Greeting, clock=clock, message_timeout=5,
+                           send_timeout=100, max_write_buffer=1)
+        sock = socket.create_connection(("127.0.0.1", world.port), 5)
+        world.socks.append(sock)
+        world.until(world.ops.connections)
+        conid = world.ops.connections()[0].conid
+        world.fill(conid)
+        while world.ops._table.get(conid).out:
+            sock.recv(1 << 20)
+            world.ops.step(0)
+        clock.advance(5)
+        assert world.end(conid).reason == "message"
+
+    def test_a_readiness_that_is_none(self, world):
+        left, right = tcp_pair()
+        world.socks.append(left)
+        world.ops.attach(ScriptedSocket.of(right, recv=[errno.EAGAIN]))
+        world.talk(left)
 
     def test_ctrl_c_in_a_handler_of_a_dying_connection(self, world):
         sock, conid = world.client()
@@ -3173,7 +3209,9 @@ class TestLoop:
     def test_a_deadline_put_off_does_not_cut_a_step_short(self, clock):
         with tcpops.TcpOps(clock=clock) as ops:
             left, right = tcp_pair()
-            conid = ops.attach(right)
+            other, another = tcp_pair()
+            conid, second = ops.attach(right), ops.attach(another)
+            ops.tcp_set_connection_lifetime(second, 1000)
             ops.step(0)
             ops.tcp_set_connection_lifetime(conid, 2)
             ops.tcp_set_connection_lifetime(conid, 100)
@@ -3181,9 +3219,16 @@ class TestLoop:
             real, ops._select = ops._select, fake.select
             assert ops.step(7) == 0
             assert fake.waits == [2, 5]
+            # For ever, too, means until something happens.
+            assert ops.step() and ops.stats()["ended"]["lifetime"] == 1
+            assert fake.waits == [2, 5, 93]
+            ops.tcp_set_connection_lifetime(second, 10)
+            ops.tcp_set_connection_lifetime(second, 20)
+            assert ops.step() and fake.waits[3:] == [10, 10]
             ops._select = real
             fake.close()
             left.close()
+            other.close()
 
     def test_a_handler_that_raises_changes_nothing_else(self, world, logged):
         def on_message(msg):
@@ -3471,6 +3516,7 @@ class TestLoop:
 
     def test_nothing_is_left(self):
         """No descriptor, no heap entry, no object."""
+        gc.collect()  # what other tests have left
         before = len(os.listdir("/proc/self/fd"))
         world = World()
         for _ in range(50):
@@ -4062,7 +4108,9 @@ class TestControl:
             server.listen()
 
             def shut():
-                server.accept()[0].close()
+                sock, _ = server.accept()
+                sock.recv(99)
+                sock.close()
             thread = threading.Thread(target=shut)
             thread.start()
             status, _, err = self.call(path, "list")
@@ -4123,7 +4171,7 @@ class TestReadme:
         assert [(row[0].strip("`"), row[1].strip("`")) for row in rows] == [
             (name, str(value)) for name, value in wanted.items()]
         for name in wanted:
-            assert re.search(rf"^    {name} ", tcpops.TcpOps.__doc__, re.M)
+            assert re.search(rf"^ *{name} ", tcpops.TcpOps.__doc__, re.M)
 
     def test_the_states(self):
         rows = table("| state | meaning |")

@@ -246,7 +246,7 @@ _CURRENT = object()
 #: The largest lifetime, some 68 years: what the original can hold.
 _MAX_SECONDS = 2 ** 31 - 1
 
-_NUMERAL = re.compile(r"[+-]?[0-9]{1,20}(\.[0-9]{1,20})?", re.ASCII)
+_NUMERAL = re.compile(r"[+-]?[0-9]{1,100}(\.[0-9]{1,100})?", re.ASCII)
 
 
 def _number(value, name, low, high, whole=False):
@@ -274,7 +274,7 @@ def _arguments(names, given, named):
         given = (_CURRENT, *given)
     missing = names[len(given):]
     if len(given) > len(names) or set(missing) != set(named):
-        raise ValueError(f"takes ([conid], {', '.join(names[1:])})")
+        raise TypeError("wrong arguments")
     return (*given, *(named[name] for name in missing))
 
 
@@ -510,8 +510,8 @@ def is_dead(info, limit, suspected):
 
     Silence alone proves nothing: the kernel probes a shut window at growing
     intervals, so a living peer can be silent for longer than the limit with
-    nothing asked of it.  Two transmissions without an answer do, or the same
-    one at two looks (suspected: one was unanswered at the look before).
+    nothing asked of it.  Two transmissions without an answer do, or one that
+    has had an interval to be answered (suspected).
     """
     return info.silence >= limit and (
         info.unanswered >= 2 or (info.unanswered == 1 and suspected))
@@ -731,10 +731,12 @@ def _framing(framing):
     """Return (name, factory) for the framing argument of listen and others."""
     if isinstance(framing, str) and framing in _FRAMINGS:
         return framing, _FRAMINGS[framing]
-    if callable(framing):
+    if callable(framing) and (not isinstance(framing, type)
+                              or issubclass(framing, Framing)):
         return getattr(framing, "__name__", "custom"), framing
-    raise ValueError(f"framing must be {', '.join(_FRAMINGS)} or a subclass"
-                     f" of Framing, not {reprlib.repr(framing)}")
+    raise ValueError(f"framing must be {', '.join(_FRAMINGS)}, a subclass of"
+                     " Framing or a function that returns an instance, not"
+                     f" {reprlib.repr(framing)}")
 
 # ---------------------------------------------------------------------------
 # 8. A connection
@@ -778,7 +780,7 @@ class Connection:
         "wants_event",                     # tcp_enable_closed_event
         "since", "active", "lifetime",     # seconds, of the loop's clock
         "work_due", "send_due", "keepalive_due",
-        "keepalive", "suspected",          # suspected: see is_dead
+        "keepalive", "suspected",          # suspected since: see is_dead
         "wake",                            # see Deadlines
         "candidates",                      # addresses that connect() may try
         "older",                           # see Table
@@ -807,7 +809,7 @@ class Connection:
         self.lifetime = lifetime
         self.work_due = self.send_due = self.keepalive_due = NEVER
         self.keepalive = None
-        self.suspected = False
+        self.suspected = NEVER
         self.wake = NEVER
         self.candidates = ()
         self.older = None
@@ -1060,6 +1062,8 @@ _LONGEST_WAIT = 86400
 #: Seconds after which a listener that met a full table tries again, should
 #: no end of a connection wake it before.
 _REST = 0.1
+#: Seconds between two looks at a peer that is suspected to have vanished.
+_LOOK = 0.25
 #: Descriptors left for the host program where max_connections is not given.
 _RESERVE = 32
 #: accept() errors that say "not now": listeners rest.
@@ -1156,8 +1160,8 @@ class Loop(Routes):
         self._waker, self._woken = socket.socketpair()
         for sock in (self._waker, self._woken):
             sock.setblocking(False)
-        self._selector.register(self._woken, _READ,
-                                types.SimpleNamespace(ready=self._drain_waker))
+        self._selector.register(self._woken, _READ, types.SimpleNamespace(
+            ready=self._drain_waker, sock=self._woken))
 
     # -- for the host program: settings and questions ---------------------
 
@@ -1184,7 +1188,7 @@ class Loop(Routes):
     def connection(self, conid):
         """Return a ConnectionInfo of a connection or listener, or None."""
         conn = self._table.get(conid) if type(conid) is int else None
-        if conn is None or conn.phase is Phase.ENDED:
+        if conn is None or conn.forgotten or conn.phase is Phase.ENDED:
             return None
         now = self._clock()
         due = conn.due()
@@ -1197,8 +1201,9 @@ class Loop(Routes):
 
     def connections(self):
         """Return a list of the ConnectionInfo of every connection."""
-        return [self.connection(conn.conid) for conn in self._table
-                if conn.phase not in (Phase.LISTENING, Phase.ENDED)]
+        infos = (self.connection(conn.conid) for conn in self._table
+                 if conn.phase is not Phase.LISTENING)
+        return [info for info in infos if info is not None]
 
     def listeners(self):
         """Return a list of the ConnectionInfo of every listener."""
@@ -1293,6 +1298,9 @@ class Loop(Routes):
                 or sock.family not in (socket.AF_INET, socket.AF_INET6)):
             raise ValueError("attach takes a plain TCP socket,"
                              f" not {reprlib.repr(sock)}")
+        key = self._selector.get_map().get(sock.fileno())
+        if key is not None and key.data.sock is sock:
+            raise ValueError(f"{sock!r} is attached already")
         peer, local = sock.getpeername(), sock.getsockname()
         layer = self._layer(framing, client=False)
         sock.setblocking(False)
@@ -1621,7 +1629,7 @@ class Loop(Routes):
 
     def _open(self, conn):
         """A connection has become usable."""
-        log.debug("= conid %d open, %s", conn.conid,
+        log.debug("conid %d is open, %s", conn.conid,
                   _format_address(conn.peer))
         self._enter(conn, Phase.OPEN)
         conn.work_due = NEVER
@@ -1675,12 +1683,15 @@ class Loop(Routes):
             return
         listening = conn.phase is Phase.LISTENING
         conn.cause = conn.cause or cause
+        if conn.out and conn.cause.reason != "send":
+            conn.cause = conn.cause._replace(
+                detail=f"{conn.cause.detail}, {len(conn.out)} bytes unsent")
         self._enter(conn, Phase.ENDED)
         self._deadlines.disarm(conn)
         self._watch(conn, 0)
         self._close_socket(conn)
         conn.out = conn.layer = None
-        log.debug("= conid %d %s: %s", conn.conid, *conn.cause[::2])
+        log.debug("conid %d has ended, %s: %s", conn.conid, *conn.cause[::2])
         if listening:
             self._table.remove(conn)
             return
@@ -1956,9 +1967,10 @@ class Loop(Routes):
 
     def _accept(self, listener, _mask):
         """Accept what waits at a listener, a turn's share at the most."""
-        for _ in range(_BATCH):
+        for count in range(_BATCH):
             if self._live >= self._max_connections:
-                self._rest(listener, "max_connections reached")
+                if not count:  # else: whether more wait is not known yet
+                    self._rest(listener, "max_connections reached")
                 return
             try:
                 sock, peer = listener.sock.accept()
@@ -2109,20 +2121,24 @@ class Loop(Routes):
     def _check_keepalive(self, conn, now):
         """Ask the kernel whether the peer has vanished.  See is_dead."""
         keepalive = conn.keepalive
+        suspected = now - conn.suspected >= keepalive.interval
         info = tcp_info(conn.sock)
         if info is None:
             conn.keepalive_due = NEVER  # the kernel's own keepalive decides
         elif conn.phase is Phase.CONNECTING:
             conn.keepalive_due = now + keepalive.limit
-        elif is_dead(info, keepalive.limit, conn.suspected):
+        elif is_dead(info, keepalive.limit, suspected):
             self._end(conn, Cause("keepalive", errno.ETIMEDOUT,
                                   f"silent for {info.silence:.1f} s"))
         elif info.silence < keepalive.limit:
-            conn.suspected = False
+            conn.suspected = NEVER
             conn.keepalive_due = now + keepalive.limit - info.silence
         else:
-            conn.suspected = info.unanswered > 0
-            conn.keepalive_due = now + keepalive.interval
+            # One transmission is unanswered: the next is not far.
+            asked = info.unanswered > 0
+            conn.suspected = min(conn.suspected, now) if asked else NEVER
+            conn.keepalive_due = now + (_LOOK if asked
+                                        else keepalive.interval)
 
     # -- states -----------------------------------------------------------
 
@@ -2184,16 +2200,20 @@ class Loop(Routes):
 # ---------------------------------------------------------------------------
 
 
-def _script_function(failure):
+def _script_function(takes, failure=Result.FAILURE, name=None):
     """Decorator: what the function raises is a log line and this value."""
     def decorate(function):
         @functools.wraps(function)
         def script_function(*args, **named):
             try:
                 return function(*args, **named)
-            except (TypeError, ValueError, OSError) as error:
-                log.warning("%s: %s", function.__name__, error)
-                return failure
+            except TypeError:
+                reason = f"takes ({takes})"
+            except (ValueError, OSError) as error:
+                reason = error
+            log.warning("%s: %s", name or function.__name__, reason)
+            return failure
+        script_function.takes = takes
         return script_function
     return decorate
 
@@ -2253,7 +2273,7 @@ class TcpOps(Loop):
 
     # -- spec 3.1 to 3.6 --------------------------------------------------
 
-    @_script_function(Result.FAILURE)
+    @_script_function("[conid]")
     def tcp_conid_alive(self, conid=_CURRENT):
         """Return SUCCESS if a connection is usable, or a listener.  Spec: 3.1.
 
@@ -2263,7 +2283,7 @@ class TcpOps(Loop):
         return (Result.SUCCESS if conn is not None and self._state(conn)
                 else Result.FAILURE)
 
-    @_script_function(State.NOT_FOUND)
+    @_script_function("[conid]", State.NOT_FOUND)
     def tcp_conid_state(self, conid=_CURRENT):
         """Return a connection's State, as a probe finds it now.  Spec: 3.2.
 
@@ -2273,14 +2293,15 @@ class TcpOps(Loop):
         conn = self._known(conid)
         return State.NOT_FOUND if conn is None else self._state(conn)
 
-    @_script_function(Result.FAILURE)
+    @_script_function("[conid], idle, count, interval")
     def tcp_keepalive_enable(self, *args, **named):
         """tcp_keepalive_enable([conid], idle, count, interval).  Spec: 3.3.
 
-        idle and interval are seconds, count a number of probes (Keepalive
-        says what of).  A peer that is silent for idle + count * interval,
-        though asked, ends the connection with the reason "keepalive", also
-        with data in flight.  All settings are made or, with FAILURE, none.
+        idle: seconds of silence before the first probe; count: unanswered
+        probes before the connection is reset; interval: seconds between two
+        probes.  A peer that is silent for idle + count * interval, though
+        asked, ends the connection with the reason "keepalive", also with data
+        in flight.  All settings are made or, with FAILURE, none.
         """
         names = ("conid", *Keepalive._fields)
         conid, *values = _arguments(names, args, named)
@@ -2289,12 +2310,12 @@ class TcpOps(Loop):
             _number(value, name, 1, _MAX_SECONDS, whole=True)
             for name, value in zip(Keepalive._fields, values)))
         set_keepalive(conn.sock, keepalive)
-        conn.keepalive, conn.suspected = keepalive, False
+        conn.keepalive, conn.suspected = keepalive, NEVER
         conn.keepalive_due = self._clock() + keepalive.limit
         self._arm(conn)
         return Result.SUCCESS
 
-    @_script_function(Result.FAILURE)
+    @_script_function("[conid]")
     def tcp_keepalive_disable(self, conid=_CURRENT):
         """Turn keepalive off.  Spec: 3.4."""
         conn = self._usable(conid)
@@ -2302,7 +2323,7 @@ class TcpOps(Loop):
         conn.keepalive, conn.keepalive_due = None, NEVER
         return Result.SUCCESS
 
-    @_script_function(Result.FAILURE)
+    @_script_function("[conid], lifetime")
     def tcp_set_connection_lifetime(self, *args, **named):
         """tcp_set_connection_lifetime([conid], lifetime).  Spec: 3.5.
 
@@ -2316,7 +2337,7 @@ class TcpOps(Loop):
         self._arm(conn)
         return Result.SUCCESS
 
-    @_script_function(Result.FAILURE)
+    @_script_function("[conid]")
     def tcp_enable_closed_event(self, conid=_CURRENT):
         """Have the end of a connection told if closed_event is 2.  Spec: 3.6.
 
@@ -2330,7 +2351,7 @@ class TcpOps(Loop):
 
     # -- of the original's later releases ---------------------------------
 
-    @_script_function(Result.FAILURE)
+    @_script_function("[conid]")
     def tcp_close_connection(self, conid=_CURRENT):
         """Close a connection, or a listener.
 
@@ -2344,24 +2365,24 @@ class TcpOps(Loop):
         self._finish(conn, Cause("closed", None, "closed by conid"))
         return Result.SUCCESS
 
-    @_script_function(-1)
+    @_script_function("address")
     def tcp_get_conid(self, address):
-        """Return the conid of a live connection with a peer, or -1.
+        """Return the conid of a live connection with a peer, or FAILURE (-1).
 
         address is as for parse_address; a name in it blocks on its look-up.
         Of several connections with that peer it is the youngest.
         """
         conn = self._peer(*parse_address(address))
-        return -1 if conn is None else conn.conid
+        return Result.FAILURE if conn is None else conn.conid
 
-    @_script_function(Result.FAILURE)
+    @_script_function("address")
     def tcp_con_alive(self, address):
         """Return SUCCESS if there is a usable connection with a peer."""
         conn = self._peer(*parse_address(address))
         return (Result.SUCCESS if conn is not None and self._state(conn)
                 else Result.FAILURE)
 
-    @_script_function(Result.FAILURE)
+    @_script_function("conid")
     def tcp_set_otcpid(self, conid):
         """Name the connection on which forward is to send.
 
@@ -2372,7 +2393,7 @@ class TcpOps(Loop):
         self._otcpid = self._usable(conid).conid
         return Result.SUCCESS
 
-    @_script_function(Result.FAILURE)
+    @_script_function("mode")
     def tcp_set_otcpid_flag(self, mode):
         """Have forward heed tcp_set_otcpid (mode not 0) or not (mode 0).
 
@@ -2407,7 +2428,7 @@ class TcpOps(Loop):
         return (Result.FAILURE if conn is None
                 else self._send_on(conn, payload))
 
-    @_script_function(None)
+    @_script_function("conid, payload", None, "send")
     def _found(self, conid):
         """Return a live connection, or None after a log line."""
         return self._usable(conid)
@@ -2425,7 +2446,7 @@ class TcpOps(Loop):
         return (Result.FAILURE if conn is None
                 else self._send_on(conn, payload))
 
-    @_script_function(None)
+    @_script_function("address, payload", None, "forward")
     def _way_to(self, address):
         """Return the connection for forward, or None after a log line."""
         host, port = parse_address(address)
@@ -2442,32 +2463,21 @@ class TcpOps(Loop):
 # 13. The command line
 # ---------------------------------------------------------------------------
 
-#: The functions of section 12 that are commands, and plain names in a routes
-#: file; with what they take.
-_FUNCTIONS = {
-    "tcp_conid_alive": "CONID",
-    "tcp_conid_state": "CONID",
-    "tcp_keepalive_enable": "CONID IDLE COUNT INTERVAL",
-    "tcp_keepalive_disable": "CONID",
-    "tcp_set_connection_lifetime": "CONID SECONDS",
-    "tcp_enable_closed_event": "CONID",
-    "tcp_close_connection": "CONID",
-    "tcp_get_conid": "HOST:PORT",
-    "tcp_con_alive": "HOST:PORT",
-    "tcp_set_otcpid": "CONID",
-    "tcp_set_otcpid_flag": "MODE",
-}
-# The last two mean something within a message's handler only.
+#: The functions of section 12: commands, and plain names in a routes file.
+_FUNCTIONS = [name for name in vars(TcpOps) if name.startswith("tcp_")]
+# The otcpid pair means something within a message's handler only.
 _HELP = "\n".join([
     "commands:",
-    *(f"  {name} {takes}" for name, takes in list(_FUNCTIONS.items())[:-2]),
-    r"  send CONID TEXT        sends TEXT; \n, \r, \t, \\ and \xNN mean what"
-    " they",
-    "                         mean in Python, and nothing is added",
-    "  list                   shows the connections and listeners",
-    "  help                   shows this",
-    "  quit                   ends everything and leaves",
+    *(re.sub(r"[][,]", "", f"  {name} {getattr(TcpOps, name).takes.upper()}")
+      for name in _FUNCTIONS if "otcpid" not in name),
+    "  send CONID TEXT  sends TEXT as a message of the connection's framing;",
+    r"                 \n, \r, \t, \\ and \xNN mean what they mean in Python",
+    "  list           shows the connections and listeners",
+    "  help           shows this",
+    "  quit           ends everything and leaves",
 ])
+#: Seconds for what is queued to be sent when the program leaves.
+_DRAIN = 5
 
 _EPILOG = """
 Try it:
@@ -2489,16 +2499,25 @@ A control socket takes the same commands from elsewhere:
 
 With --json each line is an object; "data" holds one character for each byte.
 
-Exit status: 0, also after SIGINT and SIGTERM (a second one stops at once with
-130); 1 if the system said no; 2 for wrong usage.  With --call 0 if the result
-is positive, else 1.  With --connect alone it leaves when no connection is
-left, with 1 if none was ever made.
-"""
+SIGINT (Ctrl-C), SIGTERM and SIGHUP: listeners close, what is queued is sent,
+for DRAIN seconds at the most, every connection ends; a second signal stops at
+once.
+
+Exit status: 0, also after a signal, 130 after a second one; 1 if the system
+said no; 2 for wrong usage.  With --call 0 if the result is positive, else 1.
+With --connect alone it leaves when no connection is left, with 1 if none was
+ever made.
+""".replace("DRAIN", str(_DRAIN))
 
 
 #: Long payloads are shown by their beginning and end.
 _BYTES = reprlib.Repr()
 _BYTES.maxother = 72
+
+
+#: Details that say no more than their reason.
+_PLAIN_DETAILS = {"eof": "FIN from the peer", "closed": "closed by conid",
+                  "shutdown": "drained"}
 
 
 def _answer_text(answer):
@@ -2513,20 +2532,34 @@ def _answer_text(answer):
 class _Display:
     """Writes what happens to standard output, for a person or a program."""
 
-    def __init__(self, as_json=False):
+    def __init__(self, as_json, stop):
         self.as_json = as_json
         self.prompt = ""
+        self.failure = None  # why nothing can be written any more
+        self._stop = stop    # called then
+
+    def _write(self, text):
+        if self.failure or sys.stdout is None:  # None: started without one
+            return
+        try:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+        except OSError as error:
+            self.failure = error
+            # Python would write the rest when it exits, and complain.
+            with open(os.devnull, "w") as devnull:
+                os.dup2(devnull.fileno(), sys.stdout.fileno())
+            self._stop()
 
     def _print(self, line, **fields):
         """Write a line, or the fields as an object."""
         if self.as_json:
             line = json.dumps({"time": round(time.time(), 3), **fields})
         if self.prompt:
-            # Over the prompt, and a new one below.
-            sys.stdout.write(f"\r{line}\n{self.prompt}")
+            # Over the prompt and what is being typed; a new one below.
+            self._write(f"\r\x1b[K{line}\n{self.prompt}")
         else:
-            sys.stdout.write(line + "\n")
-        sys.stdout.flush()
+            self._write(line + "\n")
 
     @staticmethod
     def _clock():
@@ -2536,8 +2569,7 @@ class _Display:
 
     def ask(self):
         """Write the prompt."""
-        sys.stdout.write(self.prompt)
-        sys.stdout.flush()
+        self._write(self.prompt)
 
     def started(self, what, info, console):
         """A listener was made, or a connect() begun."""
@@ -2570,7 +2602,7 @@ class _Display:
         else:
             text = (f"{event.reason}  {event.age:.1f} s, {event.bytes_in}"
                     f" bytes in, {event.bytes_out} out")
-            if event.reason not in ("eof", "closed", "shutdown"):
+            if event.detail != _PLAIN_DETAILS.get(event.reason):
                 text += f"  ({event.detail})"
         fields = event._asdict()
         del fields["name"]
@@ -2648,6 +2680,9 @@ class _Commands:
                 answer = {"result": int(result)}
                 if isinstance(result, State):
                     answer["state"] = result.name
+            elif name in ("list", "help", "quit") and rest.strip():
+                log.warning("%s takes nothing", name)
+                answer = {"result": -1}
             else:
                 answer = getattr(self, "_" + name, self._unknown)(rest)
         finally:
@@ -2707,8 +2742,11 @@ def _reason(error):
 def _connect_address(text, lowest_port=1):
     """Return (host, port) of "HOST:PORT", for argparse."""
     try:
-        if not re.search(r":[0-9]+$", text):
+        port = re.search(r":([0-9]+)$", text)
+        if not port:
             raise ValueError(f"no port in {reprlib.repr(text)}")
+        if not lowest_port <= int(port[1]) <= 65535:
+            raise ValueError(f"no such port: {port[1]}")
         return parse_address(text, lowest_port)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
@@ -2814,8 +2852,10 @@ def _remove_stale_socket(path):
         try:
             sock.connect(path)
         except ConnectionRefusedError:
-            if stat.S_ISSOCK(os.stat(path).st_mode):
-                os.unlink(path)
+            if not stat.S_ISSOCK(os.stat(path).st_mode):
+                raise _Failure(f"cannot make {path}: it is no socket, and in"
+                               " the way") from None
+            os.unlink(path)
         except FileNotFoundError:
             pass
         except OSError as error:
@@ -2834,12 +2874,12 @@ def _open_control(path, ask, stop):
 
     class Handler(socketserver.StreamRequestHandler):
         def handle(self):
-            for line in self.rfile:
-                answer = ask(line.decode("utf-8", "replace"))
-                with contextlib.suppress(OSError):  # the client has gone
+            with contextlib.suppress(OSError):  # the client has gone
+                for line in self.rfile:
+                    answer = ask(line.decode("utf-8", "replace"))
                     self.wfile.write(json.dumps(answer).encode() + b"\n")
-                if answer["command"] == "quit":
-                    stop()
+                    if answer["command"] == "quit" and answer["result"] > 0:
+                        stop()
 
     class Server(socketserver.ThreadingUnixStreamServer):
         daemon_threads = True
@@ -2868,6 +2908,8 @@ def _load_routes(path, ops):
     namespace = {"__name__": "routes", "__file__": path, "ops": ops,
                  "State": State, "Result": Result,
                  **{name: getattr(ops, name) for name in names}}
+    # What lies beside the file can be imported, as from any script.
+    sys.path.insert(0, os.path.dirname(os.path.abspath(path)))
     try:
         with open(path, "rb") as file:
             exec(compile(file.read(), path, "exec"), namespace)
@@ -2882,10 +2924,6 @@ def _load_routes(path, ops):
             trace = trace.tb_next
         raise _Failure(f"{path}:{line}: {type(error).__name__}:"
                        f" {error}") from None
-
-
-#: Seconds for what is queued to be sent when the program leaves.
-_DRAIN = 5
 
 
 def _at_terminal():
@@ -2906,7 +2944,7 @@ class _Program:
     def __init__(self, options, ops):
         self._options = options
         self._ops = ops
-        self._display = ops.display = _Display(options.json)
+        self._display = ops.display = _Display(options.json, ops.stop)
         self._commands = _Commands(ops)
 
     def run(self):
@@ -2928,6 +2966,11 @@ class _Program:
                 self._start_console()
             self._serve()
             ops.drain(_DRAIN)
+        failure = self._display.failure
+        if isinstance(failure, BrokenPipeError):
+            return 1  # nobody reads any more, as after "| head"
+        if failure:
+            raise _Failure(f"cannot write what happens: {_reason(failure)}")
         if not options.listen and not ops.opened:
             raise _Failure("no connection was made")
         return 0
@@ -2958,14 +3001,17 @@ class _Program:
 
     @contextlib.contextmanager
     def _signals(self):
-        """Have SIGINT and SIGTERM stop the loop, a second one at once."""
+        """Have signals stop the loop, a second one at once."""
         def handle(_number, _frame):
             if self._ops.stopped:
                 raise KeyboardInterrupt
             self._ops.stop()
 
-        before = {number: signal.signal(number, handle)
-                  for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = {signal.SIGINT, signal.SIGTERM}
+        hangup = getattr(signal, "SIGHUP", signal.SIGTERM)
+        if signal.getsignal(hangup) is not signal.SIG_IGN:  # as nohup has it
+            numbers.add(hangup)
+        before = {number: signal.signal(number, handle) for number in numbers}
         try:
             yield
         finally:
@@ -2974,7 +3020,8 @@ class _Program:
 
     def _start_console(self):
         """Read commands in a thread: not every system can select stdin."""
-        if sys.stdin.isatty() and not self._options.json:
+        if (sys.stdin.isatty() and sys.stdout is not None
+                and sys.stdout.isatty() and not self._options.json):
             self._display.prompt = "> "
             self._display.ask()
         # A file object of its own: a daemon thread that held the lock of
@@ -2994,7 +3041,7 @@ class _Program:
             self._display.ask()
             return
         answer = self._commands.run(line)
-        if answer["command"] == "quit":
+        if answer["command"] == "quit" and answer["result"] > 0:
             self._display.prompt = ""
             self._ops.stop()
         else:
@@ -3014,30 +3061,32 @@ def main(argv=None):
     sys.modules.setdefault("tcpops", sys.modules[__name__])
     parser = _parser()
     options = parser.parse_args(argv)
-    logging.basicConfig(level=options.log_level.upper(),
-                        format="%(levelname)s %(message)s")
+    logging.basicConfig(
+        level=options.log_level.upper(), datefmt="%H:%M:%S",
+        format="%(asctime)s.%(msecs)03d %(levelname)s %(message)s")
     try:
         if options.call is not None:
-            if len(options.call) < 2:
-                parser.error("--call takes PATH COMMAND [ARG ...]")
+            if len(options.call) < 2 or options.listen or options.connect:
+                parser.error("--call takes PATH COMMAND [ARG ...], and no"
+                             " --listen or --connect beside it")
             return _call_control(options.call, options.json)
         if not options.listen and not options.connect:
             parser.error("nothing to do: give --listen or --connect, or"
                          " --call")
+        if options.console and sys.stdin is None:
+            parser.error("--console needs a standard input")
         try:
             ops = _Shown(closed_event=options.closed_event,
                          connection_lifetime=options.lifetime,
                          max_connections=options.max_connections)
         except ValueError as error:
-            parser.error(str(error))
+            name, _, rest = str(error).partition(" ")
+            option = {"connection_lifetime": "lifetime"}.get(name, name)
+            parser.error(f"--{option.replace('_', '-')} {rest}")
         ops.keepalive = options.keepalive
         return _Program(options, ops).run()
     except _Failure as failure:
         print(f"{parser.prog}: {failure}", file=sys.stderr)
-        return 1
-    except BrokenPipeError:
-        # Nobody reads what we print; nor should Python try again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
         return 130

@@ -956,6 +956,7 @@ class TestSpec_3:
         assert function(1, 2, 3, 4, 5) == -1
         assert function(nonsense=1) == -1
         assert len(logged) == 2
+        assert all(f"{name}: takes ([conid]" in line for line in logged)
 
     def test_3_conids_count_up_and_are_never_used_twice(self, world):
         seen = [world.listener]
@@ -1314,14 +1315,16 @@ class TestSpec_3_3:
         start = timed.clock()
         answers(tcpops.TcpInfo(1, 0, 2.0), tcpops.TcpInfo(1, 0, 7.0),
                 tcpops.TcpInfo(1, 1, 8.0), tcpops.TcpInfo(1, 0, 9.0),
-                tcpops.TcpInfo(1, 1, 9.0), tcpops.TcpInfo(1, 1, 9.0))
-        for _ in range(400):
-            timed.clock.advance(0.25)
+                tcpops.TcpInfo(1, 1, 9.0))
+        for _ in range(4000):
+            timed.clock.advance(1 / 16)
             timed.ops.step(0)
             if timed.ends():
                 break
-        # The limit; 3 s later, as it was silent for 2; each interval then.
-        assert [when - start for when in asked] == [5, 8, 9, 10, 11, 12]
+        # The limit; 3 s later, as it was silent for 2; an interval later, as
+        # nothing was asked; often, while one transmission is unanswered.
+        assert [when - start for when in asked] == [
+            5, 8, 9, 9.25, 10.25, 10.5, 10.75, 11, 11.25]
         assert timed.end(conid).reason == "keepalive"
 
     def test_3_3_without_tcp_info_the_kernel_alone_decides(
@@ -1816,9 +1819,11 @@ class TestLaterReleases:
         assert ops.tcp_con_alive(address) == -1
         assert ops.forward(address, b"x") == -1
         assert len(logged) == 3 and not ops.connections()
+        assert logged[2].startswith("forward: ")
 
     def test_an_unknown_peer_is_no_mistake(self, world, logged):
         assert world.ops.tcp_get_conid("127.0.0.1:9") == -1
+        assert not world.ops.tcp_get_conid("127.0.0.1:9")
         assert world.ops.tcp_con_alive("127.0.0.1:9") == -1
         assert not logged
 
@@ -2310,6 +2315,13 @@ class TestFramings:
         assert event.detail == "no length: b'x'"
         assert [m.data for m in world.messages] == [b"hello", b"", b"abc"]
 
+    def test_a_function_that_makes_a_framing(self, make_world):
+        world = make_world(framing=lambda max_message, client:
+                           Netstring(max_message, client))
+        sock, conid = world.client()
+        assert world.talk(sock, b"2:ok,").data == b"ok"
+        assert world.ops.connection(conid).framing == "<lambda>"
+
     def test_a_handshake(self, make_world):
         world = make_world(framing=Greeting)
         ops = world.ops
@@ -2418,7 +2430,8 @@ class TestFramings:
         with left, right, pytest.raises(ZeroDivisionError):
             world.ops.attach(right, framing=factory)
 
-    @pytest.mark.parametrize("framing", ["lines", "", None, 5, b"raw", []])
+    @pytest.mark.parametrize("framing", ["lines", "", None, 5, b"raw", [],
+                                         int, dict, object, tcpops.Message])
     def test_wrong_framings(self, world, framing):
         for call in (world.ops.listen, world.ops.connect):
             with pytest.raises(ValueError, match="framing must be raw, line"):
@@ -2627,6 +2640,7 @@ class TestSending:
         for conid in (*WRONG_CONIDS, *GONE_CONIDS, world.listener):
             assert world.ops.send(conid, b"x") is Result.FAILURE
         assert len(logged) == len(WRONG_CONIDS) + len(GONE_CONIDS) + 1
+        assert all(line.startswith("send: ") for line in logged)
 
     def test_over_the_limit_it_refuses_and_reading_stops(self, make_world):
         world = make_world(max_write_buffer=200000)
@@ -2672,7 +2686,7 @@ class TestSending:
         event = timed.end(conid)
         assert (event.name, event.reason, event.errno) == (
             "tcp:timeout", "send", None)
-        assert "bytes unsent after 10 s" in event.detail
+        assert re.fullmatch(r"\d+ bytes unsent after 10 s", event.detail)
         # A FIN would say that the stream is complete.
         with pytest.raises(ConnectionResetError):
             while sock.recv(1 << 20):
@@ -2775,6 +2789,21 @@ class TestSending:
         assert world.ops.forward("127.0.0.1:1", b"x") is Result.SUCCESS
         world.until(world.ends)
         assert world.ends()[0].reason == "reset"
+
+
+    def test_what_is_lost_is_told(self, timed):
+        """A reason that came first stays; the detail has the loss."""
+        for way in ("tcp_close_connection", "tcp_set_connection_lifetime"):
+            sock, conid = timed.client()
+            timed.fill(conid)
+            unsent = len(timed.ops._table.get(conid).out)
+            args = (conid, 0) if "lifetime" in way else (conid,)
+            assert getattr(timed.ops, way)(*args)
+            timed.settle()
+            timed.clock.advance(10)
+            event = timed.end(conid)
+            assert event.detail.endswith(f", {unsent} bytes unsent")
+        assert [e.reason for e in timed.ends()] == ["closed", "lifetime"]
 
 
 class TestListenAndConnect:
@@ -2954,6 +2983,15 @@ class TestListenAndConnect:
         assert world.messages[0].data == b"hello"
         assert [e.name for e in world.events] == ["tcp:opened"]
 
+    def test_attach_twice(self, world):
+        left, right = tcp_pair()
+        world.socks.append(left)
+        conid = world.ops.attach(right)
+        with pytest.raises(ValueError, match="attached already"):
+            world.ops.attach(right)
+        world.settle()
+        assert world.ops.tcp_conid_alive(conid) and right.fileno() > 0
+
     def test_rebinding_after_a_restart(self, world):
         """SO_REUSEADDR: connections in TIME_WAIT do not keep the port."""
         sock, conid = world.client()
@@ -3109,7 +3147,11 @@ class TestDescriptors:
         world = make_world(clock=clock, max_connections=3)
         ops = world.ops
         socks = [socket.create_connection(("127.0.0.1", world.port))
-                 for _ in range(5)]
+                 for _ in range(3)]
+        world.settle()
+        assert not logged  # three of three is not too many
+        socks += [socket.create_connection(("127.0.0.1", world.port))
+                  for _ in range(2)]
         world.settle()
         assert len(ops.connections()) == 3 and len(logged) == 1
         assert "max_connections" in logged[0]
@@ -3544,12 +3586,12 @@ class TestLoop:
 class Cli:
     """python tcpops.py, running."""
 
-    def __init__(self, *args, **how):
+    def __init__(self, *args, before=(), **how):
         how = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE,
                "stderr": subprocess.PIPE, **how}
         self.process = subprocess.Popen(
-            [sys.executable, str(HERE / "tcpops.py"), *map(str, args)],
-            cwd=HERE, text=True, **how)
+            [*before, sys.executable, str(HERE / "tcpops.py"),
+             *map(str, args)], cwd=HERE, text=True, **how)
         self.killer = threading.Timer(30, self.process.kill)
         self.killer.start()
         self.seen = []
@@ -3736,7 +3778,7 @@ class TestCommandLine:
         os.close(terminal)
         # An empty line, a prompt written over, what Ctrl-D shows.
         seen = seen.replace("\r\n", "\n").replace("> \n> ", "> ")
-        seen = seen.replace("> \r", "").replace("\r", "")
+        seen = seen.replace("> \r\x1b[K", "").replace("\r\x1b[K", "")
         seen = seen.rstrip("> \n^D\b")
         assert plain(seen) == plain(wanted.rstrip("\n"))
 
@@ -3762,6 +3804,7 @@ class TestCommandLine:
                     (r"send 2 a b\r\n\x41\\", "1"), ("send 77 x", "-1"),
                     ("send", "-1"), (r"send 2 \q", "-1"),
                     ("nonsense", "-1"), ("__init__", "-1"), ("", None),
+                    ("help me", "-1"), ("quit now", "-1"),
                     ("help", "commands:"), ("tcp_close_connection 2", "1")]:
                 run.type(line)
                 if answer is not None:
@@ -3779,6 +3822,7 @@ class TestCommandLine:
         assert status == 0
         assert "999 as count (TCP_KEEPCNT)" in err and "type help" in err
         assert r"no such escape: \q" in err
+        assert "help takes nothing" in err
 
     def test_the_end_of_the_input_is_quit(self, cli):
         run = cli("--listen", 0, "--console")
@@ -3876,19 +3920,20 @@ class TestCommandLine:
         (["--nonsense"], 2, "unrecognized"),
         (["--listen", "port"], 2, "no port in 'port'"),
         (["--listen", "host:port"], 2, "no port"),
-        (["--listen", "99999"], 2, "address must be"),
+        (["--listen", "99999"], 2, "no such port: 99999"),
+        (["--listen", "[::1:7"], 2, "address must be"),
         (["--listen", "::1"], 2, "address must be"),
         (["--listen", "٣"], 2, "no port"),
         (["--listen", ""], 2, "no port"),
         (["--connect", "127.0.0.1"], 2, "no port"),
-        (["--connect", "127.0.0.1:0"], 2, "address must be"),
+        (["--connect", "127.0.0.1:0"], 2, "no such port: 0"),
         (["--connect"], 2, "expected one argument"),
         (["--listen", "--lifetime", "long"], 2, "invalid float"),
-        (["--listen", "--lifetime", "-1"], 2, "connection_lifetime"),
-        (["--listen", "--lifetime", "nan"], 2, "connection_lifetime"),
-        (["--listen", "--closed-event", "7"], 2, "closed_event"),
+        (["--listen", "--lifetime", "-1"], 2, "--lifetime must be"),
+        (["--listen", "--lifetime", "nan"], 2, "--lifetime must be"),
+        (["--listen", "--closed-event", "7"], 2, "--closed-event must be"),
         (["--listen", "--closed-event", "x"], 2, "invalid int"),
-        (["--listen", "--max-connections", "0"], 2, "max_connections"),
+        (["--listen", "--max-connections", "0"], 2, "--max-connections"),
         (["--listen", "--keepalive", "60"], 2, "three numbers"),
         (["--listen", "--keepalive", "a,b,c"], 2, "three numbers"),
         (["--listen", "--keepalive", "60,999,5"], 2, "TCP_KEEPCNT"),
@@ -3897,6 +3942,7 @@ class TestCommandLine:
         (["--listen", "--log-level", "x"], 2, "invalid choice"),
         (["--call"], 2, "--call takes"),
         (["--call", "/tmp/x"], 2, "--call takes"),
+        (["--listen", "--call", "/tmp/x", "list"], 2, "no --listen or"),
         (["--listen", "192.0.2.1:0"], 1, "Cannot assign requested address"),
         (["--listen", "no-such-host.invalid:0"], 1, "cannot listen on"),
         (["--connect", "no-such-host.invalid:1"], 1, "cannot connect to"),
@@ -3942,9 +3988,11 @@ class TestCommandLine:
     def test_help_names_every_function(self):
         methods = [name for name in vars(tcpops.TcpOps)
                    if name.startswith("tcp_")]
-        assert list(tcpops._FUNCTIONS) == methods
+        assert tcpops._FUNCTIONS == methods
         for name in methods[:-2]:
-            assert name in tcpops._HELP
+            assert f"  {name} " in tcpops._HELP
+        assert "tcp_keepalive_enable CONID IDLE COUNT INTERVAL\n" \
+            in tcpops._HELP
 
     def test_a_reader_that_leaves(self, cli):
         run = cli("--listen", 0)
@@ -3956,9 +4004,45 @@ class TestCommandLine:
         status, _, err = run.end()
         assert (status, err) == (1, "")
 
-    def test_without_standard_input(self, monkeypatch):
-        monkeypatch.setattr(sys, "stdin", None)
-        assert not tcpops._at_terminal()
+    def test_a_disk_that_is_full(self):
+        with open("/dev/full", "w") as full:
+            done = subprocess.run(
+                [sys.executable, "tcpops.py", "--listen", "0"], cwd=HERE,
+                stdout=full, stderr=subprocess.PIPE, text=True, timeout=30)
+        assert (done.returncode, done.stderr) == (
+            1, "tcpops.py: cannot write what happens: No space left on"
+            " device\n")
+
+    @pytest.mark.parametrize("closed", ["<&-", ">&-", "<&- >&- 2>&-"])
+    def test_without_standard_files(self, closed):
+        done = subprocess.run(
+            ["sh", "-c", f'exec "$0" tcpops.py --connect 127.0.0.1:1 {closed}',
+             sys.executable], cwd=HERE, capture_output=True, text=True,
+            timeout=30)
+        assert done.returncode == 1 and "Traceback" not in done.stderr
+
+    def test_a_console_without_standard_input(self):
+        done = subprocess.run(
+            ["sh", "-c", 'exec "$0" tcpops.py --listen 0 --console <&-',
+             sys.executable], cwd=HERE, capture_output=True, text=True,
+            timeout=30)
+        assert done.returncode == 2 and "--console needs" in done.stderr
+
+    def test_hangup(self, cli):
+        run = cli("--listen", 0)
+        with socket.create_connection(("127.0.0.1", run.port())):
+            run.until("tcp:opened")
+            status, out, _ = run.end(signal.SIGHUP)
+        assert status == 0 and "shutdown" in out
+
+    def test_nohup(self, cli):
+        run = cli("--listen", 0, before=[
+            "sh", "-c", "trap '' HUP; exec \"$@\"", "sh"])
+        port = run.port()
+        run.process.send_signal(signal.SIGHUP)
+        with socket.create_connection(("127.0.0.1", port)):
+            run.until("tcp:opened")
+        assert run.end(signal.SIGINT)[0] == 0
 
     def test_log_level(self, cli):
         run = cli("--listen", 0, "--log-level", "debug")
@@ -3966,7 +4050,7 @@ class TestCommandLine:
             run.until("tcp:opened")
         run.until("tcp:closed")
         _, _, err = run.end(signal.SIGINT)
-        assert "DEBUG = conid 2 open" in err
+        assert "DEBUG conid 2 is open" in err
 
 
 ROUTES = '''
@@ -3994,7 +4078,8 @@ class TestRoutes:
 
     def test_the_specification_s_words_are_plain_names(self, cli, tmp_path):
         path = tmp_path / "routes.py"
-        path.write_text(ROUTES)
+        path.write_text("import beside\n" + ROUTES)
+        (tmp_path / "beside.py").write_text("")
         run = cli("--listen", 0, "--routes", path, "--console")
         port = run.port()
         with socket.create_connection(("127.0.0.1", port)) as one, \
@@ -4098,7 +4183,7 @@ class TestControl:
         path = tmp_path / "precious"
         path.write_text("data")
         status, line = refused("--listen", 0, "--control", path)
-        assert status == 1 and "Address already in use" in line
+        assert status == 1 and "it is no socket" in line
         assert path.read_text() == "data"
 
     def test_a_server_that_says_nothing(self, tmp_path):
@@ -4143,6 +4228,20 @@ class TestReadme:
         done = subprocess.run([sys.executable, "-c", code], cwd=HERE,
                               capture_output=True, text=True, timeout=30)
         assert (done.stdout, done.stderr) == (out, "")
+
+    def test_the_framing_of_one_s_own(self, make_world):
+        code = re.findall(r"```python\n(.*?)```", README, re.S)[1]
+        space = {"tcpops": tcpops}
+        exec(code, space)
+        text = b"5:hello,0:,3:abc,1:"
+        for n in range(len(text)):
+            framing = space["Netstring"](100, False)
+            assert feed(framing, text[:n], text[n:]) == [b"hello", b"",
+                                                         b"abc"]
+        assert framing.encode(b"hello") == b"5:hello,"
+        for wrong in (b"x:", b"1234567890"):
+            with pytest.raises(tcpops.ProtocolError):
+                feed(space["Netstring"](100, False), wrong)
 
     def test_every_function_is_in_the_table(self):
         rows = table("| spec | function | returns |")

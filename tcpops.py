@@ -73,7 +73,6 @@ import logging
 import math
 import numbers
 import os
-import queue
 import re
 import reprlib
 import selectors
@@ -85,6 +84,7 @@ import sys
 import threading
 import time
 import types
+import weakref
 from typing import NamedTuple, Optional
 
 __version__ = "1.0.0"
@@ -167,7 +167,7 @@ REASONS = {
 # ECONNREFUSED on an established connection is a stored ICMP error that the
 # kernel hands out when its own timer gives up: the peer has vanished.
 _UNREACHABLE = (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH,
-                errno.EHOSTDOWN)
+                errno.EHOSTDOWN, errno.ENOPROTOOPT)
 _CONNECTING_REASON = {
     errno.ECONNREFUSED: "reset",
     errno.ECONNRESET: "reset",
@@ -265,7 +265,9 @@ def _number(value, name, low, high, whole=False):
         limits = f" from {low} to {high}" if high != NEVER else ""
         raise ValueError(
             f"{name} must be {what}{limits}, not {reprlib.repr(value)}")
-    return int(number) if whole else number
+    if whole:
+        return int(number)
+    return number if isinstance(number, int) else float(number)
 
 
 def _arguments(names, given, named):
@@ -487,6 +489,7 @@ class TcpInfo(NamedTuple):
 # 13th tcpi_last_ack_recv, in milliseconds.
 _TCP_INFO = struct.Struct("=B x B B 4x 44x I I")
 _TCP_SYN_SENT = 2
+_TCP_CLOSE = 7
 #: No byte can come any more: TIME_WAIT, CLOSE, CLOSE_WAIT, LAST_ACK, CLOSING.
 _TCP_ENDED = (6, 7, 8, 9, 11)
 
@@ -529,6 +532,9 @@ def is_dead(info, limit, suspected):
 #   after an RST it still returns the data.  So SO_ERROR is asked first, and
 #   where bytes are waiting TCP_INFO says whether the peer has sent FIN.
 # - An RST that follows a FIN is EPIPE, not ECONNRESET: the kernel knows.
+# - SO_ERROR also returns, and clears, an ICMP error that the kernel only keeps
+#   in mind (EHOSTUNREACH, say) while it goes on trying: a connection that has
+#   not been closed by its error is alive.
 # - A socket that is still connecting looks quiet (EAGAIN), like a good one.
 # - recv() on a listener, and on a socket never connected, says ENOTCONN.
 # ---------------------------------------------------------------------------
@@ -541,18 +547,31 @@ _PEEK = socket.MSG_PEEK | getattr(socket, "MSG_DONTWAIT", 0)
 _NO_SOCKET = (errno.EBADF, errno.ENOTSOCK, errno.ENOTCONN)
 
 
+def _is_soft(sock):
+    """Say whether a socket lives in spite of the error that it carries."""
+    info = tcp_info(sock)
+    return info is not None and info.state != _TCP_CLOSE
+
+
 def _look(sock):
-    """Return (State, errno or None, bytes waiting) of a connected socket."""
+    """Return (State, errno or None, bytes waiting) of a connected socket.
+
+    OK with an errno: an ICMP error has come, but the connection lives.
+    """
+    soft = None
     try:
         number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if number and _is_soft(sock):
+            soft, number = number, 0
         if not number:
             if not _recv(sock, 1, _PEEK):
                 return State.EOF, None, False
             info = tcp_info(sock)
-            ended = info is not None and info.state in _TCP_ENDED
-            return (State.EOF if ended else State.OK), None, True
+            if info is not None and info.state in _TCP_ENDED:
+                return State.EOF, None, True
+            return State.OK, soft, True
     except (BlockingIOError, InterruptedError):
-        return State.OK, None, False
+        return State.OK, soft, False
     except OSError as error:
         number = error.errno
     if number == errno.EPIPE:
@@ -566,11 +585,12 @@ def probe(sock):
     """Say what state any TCP socket is in, without a loop.  Spec: 3.2.
 
     Returns (State, errno or None), and never blocks or raises on the state of
-    the socket.  Reading the error clears it, so a second probe of a failed
+    the socket.  OK with an errno: an ICMP error has come, and the kernel goes
+    on trying.  Reading the error clears it, so a second probe of a failed
     socket finds less than the first; TcpOps remembers, this cannot.
     """
     timeout = sock.gettimeout()
-    if timeout:
+    if timeout and sock.fileno() >= 0:
         # With a timeout Python waits for readability, whatever the flags.
         sock.settimeout(0)
         try:
@@ -704,7 +724,8 @@ class LineFraming(Framing):
     def next_message(self):
         end = self.buffer.find(b"\n", self._searched)
         length = len(self.buffer) if end < 0 else end
-        if length > self.max_message:
+        limit = self.max_message
+        if length > limit + (self.buffer[limit:limit + 1] == b"\r"):
             raise ProtocolError(f"a line of over {self.max_message} bytes")
         if end < 0:
             self._searched = length
@@ -781,9 +802,10 @@ class Connection:
         "since", "active", "lifetime",     # seconds, of the loop's clock
         "work_due", "send_due", "keepalive_due",
         "keepalive", "suspected",          # suspected since: see is_dead
+        "soft_error",                      # an ICMP error that a probe met
         "wake",                            # see Deadlines
         "candidates",                      # addresses that connect() may try
-        "older",                           # see Table
+        "early",                           # payloads sent before it is open
     )
 
     def __init__(self, conid, origin, framing, lifetime, now):
@@ -810,9 +832,9 @@ class Connection:
         self.work_due = self.send_due = self.keepalive_due = NEVER
         self.keepalive = None
         self.suspected = NEVER
+        self.soft_error = None
         self.wake = NEVER
-        self.candidates = ()
-        self.older = None
+        self.candidates = self.early = ()
 
     def bind(self, sock, peer, local):
         """Give it a socket.  The bound methods save a look-up per message."""
@@ -867,7 +889,9 @@ class Table:
     def __init__(self):
         self._conids = itertools.count(1)
         self._by_conid = {}
-        self._by_peer = {}  # (host, port): the youngest; it knows the older
+        # (host, port): the connection; a dict by conid if there are several,
+        # as with many connections of ours to one server.
+        self._by_peer = {}
 
     def __len__(self):
         return len(self._by_conid)
@@ -889,35 +913,32 @@ class Table:
 
     def remove(self, conn):
         """Forget a connection, for ever."""
-        del self._by_conid[conn.conid]
+        self._by_conid.pop(conn.conid, None)  # None: in a child, after fork
 
     def add_peer(self, conn):
-        """Make a connection known by its peer's address, the youngest first.
-
-        Two connections may share one: from the same port of the same host to
-        two of our addresses.
-        """
+        """Make a connection known by its peer's address."""
         key = conn.peer[:2]
-        conn.older = self._by_peer.get(key)
-        self._by_peer[key] = conn
+        held = self._by_peer.setdefault(key, conn)
+        if held is not conn:
+            if not isinstance(held, dict):
+                held = self._by_peer[key] = {held.conid: held}
+            held[conn.conid] = conn
 
     def remove_peer(self, conn):
         """Undo add_peer."""
         key = conn.peer[:2]
-        head = self._by_peer[key]
-        if head is not conn:
-            while head.older is not conn:
-                head = head.older
-            head.older = conn.older
-        elif conn.older:
-            self._by_peer[key] = conn.older
-        else:
+        held = self._by_peer.get(key)
+        if isinstance(held, dict):
+            held.pop(conn.conid, None)
+        if held is conn or held == {}:
             del self._by_peer[key]
-        conn.older = None
 
     def find_peer(self, host, port):
         """Return the youngest connection with a peer, or None."""
-        return self._by_peer.get((host, port))
+        held = self._by_peer.get((host, port))
+        if isinstance(held, dict):
+            return next(reversed(held.values()))
+        return held
 
 # ---------------------------------------------------------------------------
 # 10. Routes
@@ -1054,6 +1075,8 @@ _NOSIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)
 
 #: Bytes asked of one recv(): one turn of one connection.
 _RECV_SIZE = 65536
+#: recv() calls on a dead socket in one turn.
+_BURY = 16
 #: In one turn: messages of one connection beyond its recv(), accepts of one
 #: listener, deadlines.  So that none of them keeps the others waiting.
 _BATCH = 256
@@ -1089,6 +1112,20 @@ def _descriptor_limit():
         1, soft - _RESERVE)
 
 
+#: Every Loop that lives, for fork: see Loop._abandon.
+_loops = weakref.WeakSet()
+
+
+def _abandon_loops():
+    """In a child after fork(): let go of what belongs to the parent."""
+    for loop in list(_loops):
+        loop._abandon()
+
+
+if hasattr(os, "register_at_fork"):  # pragma: no branch (Windows)
+    os.register_at_fork(after_in_child=_abandon_loops)
+
+
 def _ignore(_conn, _mask):
     """What a dead or ended connection does when it is selected: nothing."""
 
@@ -1121,6 +1158,7 @@ class Loop(Routes):
             raise ValueError(f"clock must be callable, not {clock!r}")
         self._clock = clock
         self._start()
+        _loops.add(self)
 
     def _start(self):
         """Set up the state; settings are checked by now."""
@@ -1160,8 +1198,21 @@ class Loop(Routes):
         self._waker, self._woken = socket.socketpair()
         for sock in (self._waker, self._woken):
             sock.setblocking(False)
-        self._selector.register(self._woken, _READ, types.SimpleNamespace(
-            ready=self._drain_waker, sock=self._woken))
+        self.attend(self._woken, _READ, self._drain_waker)
+
+    def attend(self, sock, events, ready):
+        """Call ready(mask) whenever a socket of the host program's is ready.
+
+        For a socket that is no connection and is to have no conid.  events
+        and mask are those of the selectors module.  What ready raises is
+        logged.
+        """
+        self._selector.register(sock, events, types.SimpleNamespace(
+            sock=sock, ready=lambda _, mask: self._run_call(ready, (mask,))))
+
+    def dismiss(self, sock):
+        """Undo attend."""
+        self._selector.unregister(sock)
 
     # -- for the host program: settings and questions ---------------------
 
@@ -1237,7 +1288,7 @@ class Loop(Routes):
         every IPv6 address and no IPv4 one.  Raises OSError.
         """
         framing = _framing(framing)
-        self._check_running()
+        self._check_taking()
         family, address = _resolve(host or "0.0.0.0", port, passive=True)[0]
         sock = socket.socket(family, socket.SOCK_STREAM)
         try:
@@ -1274,13 +1325,13 @@ class Loop(Routes):
         framing = _framing(framing)
         self._check_room()
         layer = self._layer(framing, client=True)
-        (family, address), *candidates = _resolve(host, port)
-        conn = self._begin(self._new_socket(family), Phase.CONNECTING,
-                           "connect", framing, layer, address)
-        conn.candidates = candidates
+        sock, address, rest = self._socket_for(_resolve(host, port))
+        conn = self._begin(sock, Phase.CONNECTING, "connect", framing, layer,
+                           address)
+        conn.candidates = rest
         conn.work_due = conn.since + self._connect_timeout
         self._arm(conn)
-        self._try_address(conn, address)
+        self._start_connect(conn)
         return conn.conid
 
     def attach(self, sock, *, framing="raw"):
@@ -1317,11 +1368,19 @@ class Loop(Routes):
         Raises RuntimeError inside a handler and after close().
         """
         self._check_outside()
+        # A signal that comes between Python's last look and epoll_wait would
+        # not be noticed before something else happens; so it wakes us too.
+        wakeup = None
+        with contextlib.suppress(ValueError):  # not in the main thread
+            wakeup = signal.set_wakeup_fd(self._waker.fileno(),
+                                          warn_on_full_buffer=False)
         try:
             while not self._stopping and not self._closing:
                 self.step()
         finally:
             self._stopping = False
+            if wakeup is not None:
+                signal.set_wakeup_fd(wakeup)
 
     def step(self, timeout=None):
         """Wait until something happens, and handle it.
@@ -1380,13 +1439,14 @@ class Loop(Routes):
         deadline = time.monotonic() + timeout
         self._draining = True
         try:
+            cause = Cause("shutdown", None, "drained")
             for conn in self._table:
                 if conn.phase is not Phase.DOOMED:
-                    self._finish(conn, Cause("shutdown", None, "drained"))
+                    self._finish(conn, cause)
             while self._live and time.monotonic() < deadline:
                 self.step(max(0, deadline - time.monotonic()))
             for conn in self._table:
-                self._end(conn)
+                self._end(conn, cause)
             while self._events_due:
                 self.step(0)
         finally:
@@ -1415,7 +1475,9 @@ class Loop(Routes):
     def fileno(self):
         """Return a descriptor that is readable when step(0) has work to do.
 
-        With next_deadline() it lets any other event loop drive this one.
+        With next_deadline() it lets any other event loop drive this one: call
+        step(0) when it is readable and when the deadline has come, and ask
+        for the next deadline after each step.
         Raises OSError where the system's selector has none (Windows).
         """
         self._check_running()
@@ -1494,7 +1556,9 @@ class Loop(Routes):
         # handler must not make it immortal.
         for _ in range(len(self._doomed)):
             self._bury(self._doomed[0])
-            self._doomed.popleft()
+            self._doomed.rotate(-1)
+            if self._doomed[-1].phase is Phase.ENDED:
+                self._doomed.pop()
             handled += 1
         # Events.
         return handled + self._tell()
@@ -1510,48 +1574,73 @@ class Loop(Routes):
         if self._embedded and not self._turning:
             self._wake()
 
-    def _drain_waker(self, _conn, _mask):
+    def _drain_waker(self, _mask):
         with contextlib.suppress(BlockingIOError):
             self._woken.recv(4096)
 
-    def _run_call(self, function, arguments):
+    @staticmethod
+    def _run_call(function, arguments):
+        """Call a function of the host program's."""
         try:
             function(*arguments)
         except Exception:
-            log.exception("call_soon: %r raised", function)
+            log.exception("%r raised", function)
 
     def _release(self):
         """Tell the last events and give the descriptors back."""
-        try:
-            self._turning = True  # a handler may not start another turn
-            while self._events_due:
+        failure = None
+        self._turning = True  # a handler may not start another turn
+        while self._events_due:
+            try:
                 self._tell()
-        finally:
-            self._turning = False
-            self._selector.close()
-            self._waker.close()
-            self._woken.close()
+            except BaseException as error:  # Ctrl-C: the rest is told, too
+                failure = failure or error
+        self._turning = False
+        self._selector.close()
+        self._waker.close()
+        self._woken.close()
+        if failure:
+            raise failure
+
+    def _abandon(self):
+        """Close this process's copies and touch nothing that is shared.
+
+        After fork() the selector and the sockets are the parent's too: to
+        unregister, to read or to end something here would be felt there.
+        Not to close would keep the parent's peers from ever seeing its FIN.
+        """
+        self._closing = True
+        for conn in self._table:
+            self._enter(conn, Phase.ENDED)
+            conn.sock.close()
+        self._table, self._deadlines = Table(), Deadlines()
+        for work in (self._waiting, self._doomed, self._events_due,
+                     self._calls):
+            work.clear()
+        self._live = 0
+        self._release()
 
     # -- handlers and events ----------------------------------------------
 
-    def _call(self, conn, handler, argument):
+    def _call(self, conn, find_handler, argument):
         """Call a handler; what it raises is logged and changes nothing."""
         self._current = conn
+        handler = find_handler
         try:
-            handler(argument)
+            handler = find_handler(argument)
+            if handler is not None:
+                handler(argument)
         except Exception:
             log.exception("conid %d: %s raised", conn.conid,
                           getattr(handler, "__qualname__", handler))
         finally:
-            self._current = None
+            self._current = self._otcpid = None
+            self._use_otcpid = False
 
     def _message(self, conn, payload):
         """Hand one message to its route."""
-        msg = conn.message(self, conn, payload)
-        handler = self.message_handler(msg)
-        if handler is not None:
-            self._otcpid, self._use_otcpid = None, False
-            self._call(conn, handler, msg)
+        self._call(conn, self.message_handler,
+                   conn.message(self, conn, payload))
 
     def _queue_event(self, conn, name, cause):
         """Note an event; it is told when no handler runs."""
@@ -1568,9 +1657,7 @@ class Loop(Routes):
             conn, event = self._events_due.popleft()
             self._event = event
             try:
-                handler = self.event_handler(event)
-                if handler is not None:
-                    self._call(conn, handler, event)
+                self._call(conn, self.event_handler, event)
             finally:
                 self._event = None
                 if event.reason is not None:
@@ -1617,14 +1704,12 @@ class Loop(Routes):
 
     def _greet(self, conn):
         """A connection stands: let its framing begin, or it is open."""
-        self._enter(conn, Phase.OPENING)
+        self._speak(conn)
         if conn.layer is None or conn.layer.opened:
             self._open(conn)
         else:
             conn.work_due = self._clock() + self._message_timeout
             self._arm(conn)
-        if conn.layer is not None:
-            self._speak(conn)
         self._rewatch(conn)
 
     def _open(self, conn):
@@ -1636,15 +1721,23 @@ class Loop(Routes):
         conn.active = self._clock()
         self._arm(conn)
         self._queue_event(conn, "tcp:opened", (None, None, ""))
+        early, conn.early = conn.early, ()
+        for payload in early:
+            self._write(conn, payload if conn.layer is None
+                        else conn.layer.encode(payload))
+        if conn.forgotten:
+            self._finish(conn, conn.cause)
 
     def _finish(self, conn, cause):
         """End a connection as soon as what is queued has been sent."""
-        if conn.phase not in (Phase.OPENING, Phase.OPEN) or not conn.out:
-            self._end(conn, cause)
-            return
         conn.cause = conn.cause or cause
-        self._enter(conn, Phase.CLOSING)
-        self._rewatch(conn)
+        if conn.early and cause.state is State.NOT_FOUND:
+            conn.forgotten = True  # _open comes back to it
+        elif conn.phase in (Phase.OPENING, Phase.OPEN) and conn.out:
+            self._enter(conn, Phase.CLOSING)
+            self._rewatch(conn)
+        else:
+            self._end(conn)
 
     def _doom(self, conn, cause):
         """A socket is dead: its connection ends in this turn or the next.
@@ -1661,19 +1754,27 @@ class Loop(Routes):
         conn.out = None
         self._watch(conn, 0)
         self._doomed.append(conn)
+        self._postpone(conn)
         self._nudge()
 
     def _bury(self, conn):
-        """Deliver what a dead socket still holds, then end the connection."""
-        while conn.phase is Phase.DOOMED:
+        """Deliver what a dead socket still holds, then end the connection.
+
+        A share of it in each turn: there may be megabytes.
+        """
+        for _ in range(_BURY):
+            if conn.phase is not Phase.DOOMED or conn.waiting:
+                return
             try:
                 data = conn.recv(self._recv_size)
             except OSError:
-                break
+                data = b""
             if not data:
                 break
             self._receive(conn, data)
-        if conn.cause.reason == "eof" and conn.phase is Phase.DOOMED:
+        else:
+            return
+        if conn.cause.reason == "eof":
             self._end_of_stream(conn)
         self._end(conn)
 
@@ -1683,14 +1784,20 @@ class Loop(Routes):
             return
         listening = conn.phase is Phase.LISTENING
         conn.cause = conn.cause or cause
-        if conn.out and conn.cause.reason != "send":
+        if conn.soft_error and conn.cause.errno == errno.ETIMEDOUT:
+            # As the kernel would have said, had no probe asked before.
             conn.cause = conn.cause._replace(
-                detail=f"{conn.cause.detail}, {len(conn.out)} bytes unsent")
+                errno=conn.soft_error, detail=os.strerror(conn.soft_error))
+        unsent = len(conn.out or ()) + sum(map(len, conn.early))
+        if unsent and conn.cause.reason != "send":
+            conn.cause = conn.cause._replace(
+                detail=f"{conn.cause.detail}, {unsent} bytes unsent")
         self._enter(conn, Phase.ENDED)
         self._deadlines.disarm(conn)
         self._watch(conn, 0)
         self._close_socket(conn)
         conn.out = conn.layer = None
+        conn.early = ()
         log.debug("conid %d has ended, %s: %s", conn.conid, *conn.cause[::2])
         if listening:
             self._table.remove(conn)
@@ -1761,8 +1868,13 @@ class Loop(Routes):
     def _rewatch(self, conn):
         """Have the selector look for what the connection's state allows."""
         events = _WRITE if conn.out else 0
-        if (conn.phase in (Phase.OPENING, Phase.OPEN) and not conn.waiting
-                and not self._over(conn)):
+        if self._over(conn):
+            if conn.phase is Phase.OPEN:
+                # We do not read: it is not the peer's fault if a message
+                # is not complete.
+                conn.work_due = NEVER
+        elif (conn.phase in (Phase.OPENING, Phase.OPEN)
+              and not conn.waiting):
             events |= _READ
         self._watch(conn, events)
 
@@ -1827,7 +1939,8 @@ class Loop(Routes):
             if data:
                 layer.receive(data)
             while conn.phase in _RECEIVING and not self._over(conn):
-                if count == _BATCH and conn.phase is not Phase.DOOMED:
+                if count == _BATCH:
+                    self._time_message(conn, None)
                     self._postpone(conn)
                     break
                 payload = layer.next_message()
@@ -1835,8 +1948,10 @@ class Loop(Routes):
                 if conn.phase is Phase.OPENING and layer.opened:
                     self._open(conn)
                     self._tell()
+                    if conn.phase not in _RECEIVING:
+                        break
                 if payload is None:
-                    self._time_message(conn, bool(count))
+                    self._time_message(conn, layer.partial, bool(count))
                     break
                 count += 1
                 self._message(conn, payload)
@@ -1856,11 +1971,11 @@ class Loop(Routes):
         self._speak(conn)
         self._finish(conn, Cause("protocol", None, detail))
 
-    def _time_message(self, conn, is_new):
+    def _time_message(self, conn, partial, is_new=False):
         """Start, go on with or stop the time that a message may take."""
         if conn.phase is not Phase.OPEN:
             return
-        if not conn.layer.partial:
+        if not partial:
             conn.work_due = NEVER
         elif is_new or conn.work_due == NEVER:
             conn.work_due = conn.active + self._message_timeout
@@ -1868,7 +1983,8 @@ class Loop(Routes):
 
     def _postpone(self, conn):
         """Leave the rest of a connection's messages to the next turn."""
-        if conn.phase in _RECEIVING and not conn.waiting:
+        if (conn.phase in _RECEIVING and conn.layer is not None
+                and not conn.waiting):
             conn.waiting = True
             self._waiting.append(conn)
             self._rewatch(conn)
@@ -1885,9 +2001,16 @@ class Loop(Routes):
         """Send a payload on a connection; return a Result.  See send."""
         if type(payload) is not bytes:
             payload = _payload(payload)
-        if conn.phase not in _LIVE or self._over(conn):
+        if conn.phase not in _LIVE or conn.forgotten or self._over(conn):
             log.debug("conid %d takes nothing to send", conn.conid)
             return Result.FAILURE
+        if conn.phase is not Phase.OPEN:
+            # A framing's handshake goes first.
+            if sum(map(len, conn.early)) >= self._max_write_buffer:
+                return Result.FAILURE
+            conn.early = conn.early or []
+            conn.early.append(payload)
+            return Result.SUCCESS
         if conn.layer is not None:
             payload = conn.layer.encode(payload)
         return (Result.SUCCESS if self._write(conn, payload)
@@ -1899,7 +2022,9 @@ class Loop(Routes):
         Returns whether the connection still stands.
         """
         sent = 0
-        if conn.out is None and conn.phase is not Phase.CONNECTING and data:
+        if conn.phase is Phase.DOOMED:
+            return False
+        if conn.out is None and data:
             try:
                 sent = conn.send(data, _NOSIGNAL)
             except OSError as error:
@@ -1919,11 +2044,9 @@ class Loop(Routes):
             conn.out += data
         else:
             conn.out = bytearray(memoryview(data)[sent:])
-        if conn.phase is not Phase.CONNECTING:
-            if conn.send_due == NEVER:
-                conn.send_due = self._clock() + self._send_timeout
-                self._arm(conn)
-            self._rewatch(conn)
+            conn.send_due = self._clock() + self._send_timeout
+            self._arm(conn)
+        self._rewatch(conn)
 
     def _flush(self, conn, _mask=None):
         """Send what is queued, as much as the kernel takes."""
@@ -1932,36 +2055,33 @@ class Loop(Routes):
         except OSError as error:
             if error.errno not in _NOT_NOW:
                 self._doom(conn, Cause.of_errno(error.errno))
-                return
-            sent = 0
+            return
         was_over = self._over(conn)
         del conn.out[:sent]
         conn.bytes_out += sent
-        if sent or conn.send_due == NEVER:
-            conn.active = self._clock()
-            conn.send_due = conn.active + self._send_timeout
-            self._arm(conn)
+        conn.active = self._clock()
+        conn.send_due = conn.active + self._send_timeout
         if not conn.out:
             conn.out = None
             conn.send_due = NEVER
             if conn.phase is Phase.CLOSING:
                 self._end(conn)
                 return
-        if was_over and not self._over(conn) and conn.layer is not None:
-            # What the framing still holds goes first; the time that the peer
-            # could not use does not count.
-            if conn.phase is Phase.OPEN:
-                conn.work_due = NEVER
-            self._postpone(conn)
+        if was_over and not self._over(conn):
+            self._postpone(conn)  # what the framing still holds goes first
         self._rewatch(conn)
 
     # -- listeners and connect() ------------------------------------------
 
-    def _check_room(self):
-        """Raise what connect and attach raise where there is no room."""
+    def _check_taking(self):
+        """Raise what listen, connect and attach raise at a wrong time."""
         self._check_running()
         if self._draining:
             raise RuntimeError("this TcpOps is being drained")
+
+    def _check_room(self):
+        """Raise what connect and attach raise where there is no room."""
+        self._check_taking()
         if self._live >= self._max_connections:
             raise OSError(errno.EMFILE, "max_connections reached")
 
@@ -2031,53 +2151,74 @@ class Loop(Routes):
                 self._watch(listener, _READ)
 
     @staticmethod
-    def _new_socket(family):
-        """Return a socket to connect with."""
-        sock = socket.socket(family, socket.SOCK_STREAM)
-        sock.setblocking(False)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return sock
+    def _socket_for(addresses):
+        """Return (socket to connect with, address, the addresses left).
 
-    def _try_address(self, conn, address):
-        """Start to connect a connection's socket to one of its addresses."""
-        number = conn.sock.connect_ex(address)
-        if number not in _IN_PROGRESS:
-            self._connect_failed(conn, number)
-            return
-        conn.local = conn.sock.getsockname()
-        self._watch(conn, _WRITE)
+        Raises OSError where the system has a socket for none of them.
+        """
+        failure = OSError(errno.EADDRNOTAVAIL, "no address is left")
+        for count, (family, address) in enumerate(addresses, 1):
+            try:
+                sock = socket.socket(family, socket.SOCK_STREAM)
+            except OSError as error:
+                failure = error
+                continue
+            sock.setblocking(False)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            return sock, address, addresses[count:]
+        raise failure
 
-    def _connect_failed(self, conn, number):
-        """An address has failed: try the next, or end with its error."""
-        cause = Cause.of_errno(number, connecting=True)
+    def _start_connect(self, conn):
+        """Connect to the peer; if that fails at once, to the next address."""
+        while True:
+            number = conn.sock.connect_ex(conn.peer)
+            if number in _IN_PROGRESS:
+                conn.local = conn.sock.getsockname()
+                self._watch(conn, _WRITE)
+                return
+            if not self._next_address(conn):
+                self._doom(conn, Cause.of_errno(number, connecting=True))
+                return
+
+    def _next_address(self, conn):
+        """Take the next address that connect() found; return if there is."""
         try:
-            (family, address), *rest = conn.candidates
-            sock = self._new_socket(family)
-        except (ValueError, OSError):  # none is left, or no descriptor
-            self._doom(conn, cause)
-            return
+            sock, address, rest = self._socket_for(conn.candidates)
+        except OSError:
+            return False
         self._watch(conn, 0)
         self._close_socket(conn)
         self._table.remove_peer(conn)
         conn.candidates = rest
         conn.bind(sock, address, ("", 0))
         self._table.add_peer(conn)
-        self._try_address(conn, address)
+        return True
 
     def _connect_done(self, conn, _mask):
-        """A connect() has ended, one way or the other."""
-        number = conn.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        if number:
-            self._connect_failed(conn, number)
-            return
-        try:
-            conn.sock.getpeername()
-        except OSError:
-            return  # the batch speaks of an address tried before
-        conn.local = conn.sock.getsockname()
-        self._greet(conn)
-        if conn.out:
-            self._flush(conn)
+        """A connect() may have ended, one way or the other."""
+        state, number, _ = _look(conn.sock)
+        if state is State.OK or number is None:
+            number = 0
+            try:
+                conn.sock.getpeername()
+            except OSError:
+                return  # not yet: the batch speaks of an address before
+        self._connect_result(conn, number)
+
+    def _connect_result(self, conn, number):
+        """Go on with the errno that a connect() has ended with, or 0."""
+        if number in (0, errno.EPIPE, errno.ECONNRESET):
+            # Connected, and perhaps ended since: FIN and RST, or an RST,
+            # maybe with data before.  In the handshake it is ECONNREFUSED.
+            conn.local = conn.sock.getsockname()
+            self._enter(conn, Phase.OPENING)
+            self._greet(conn)
+            if number:
+                self._doom(conn, Cause.of_errno(number))
+        elif self._next_address(conn):
+            self._start_connect(conn)
+        else:
+            self._doom(conn, Cause.of_errno(number, connecting=True))
 
     # -- deadlines --------------------------------------------------------
 
@@ -2101,22 +2242,29 @@ class Loop(Routes):
         due = conn.due()
         if conn.phase is Phase.LISTENING:
             self._resume()
-        elif due == conn.work_due and self._over(conn):
-            conn.work_due = NEVER  # we do not read: it is not the peer's fault
         elif due == conn.work_due and conn.phase is Phase.CONNECTING:
-            self._end(conn, Cause("connect", errno.ETIMEDOUT, "no answer in"
-                                  f" {self._connect_timeout:g} s"))
+            self._expired(conn, "connect", "no answer in"
+                          f" {self._connect_timeout:g} s", errno.ETIMEDOUT)
         elif due == conn.work_due:
-            self._end(conn, Cause("message", None, "not complete after"
-                                  f" {self._message_timeout:g} s"))
+            self._expired(conn, "message", "not complete after"
+                          f" {self._message_timeout:g} s")
         elif due == conn.send_due:
-            self._end(conn, Cause("send", None, f"{len(conn.out)} bytes unsent"
-                                  f" after {self._send_timeout:g} s"))
+            self._expired(conn, "send", f"{len(conn.out)} bytes unsent after"
+                          f" {self._send_timeout:g} s")
         elif due == conn.keepalive_due:
             self._check_keepalive(conn, now)
         else:
-            self._end(conn, Cause("lifetime", None,
-                                  f"idle for {conn.lifetime:g} s"))
+            self._expired(conn, "lifetime", f"idle for {conn.lifetime:g} s")
+
+    def _expired(self, conn, reason, detail, number=None):
+        """End a connection for a deadline, unless its socket knows better.
+
+        Where reading was paused, a FIN or an RST may have come before.
+        """
+        if conn.phase in (Phase.OPENING, Phase.OPEN):
+            self._probe(conn)
+        if conn.phase is not Phase.DOOMED:
+            self._end(conn, Cause(reason, number, detail))
 
     def _check_keepalive(self, conn, now):
         """Ask the kernel whether the peer has vanished.  See is_dead."""
@@ -2128,8 +2276,8 @@ class Loop(Routes):
         elif conn.phase is Phase.CONNECTING:
             conn.keepalive_due = now + keepalive.limit
         elif is_dead(info, keepalive.limit, suspected):
-            self._end(conn, Cause("keepalive", errno.ETIMEDOUT,
-                                  f"silent for {info.silence:.1f} s"))
+            self._expired(conn, "keepalive",
+                          f"silent for {info.silence:.1f} s", errno.ETIMEDOUT)
         elif info.silence < keepalive.limit:
             conn.suspected = NEVER
             conn.keepalive_due = now + keepalive.limit - info.silence
@@ -2148,29 +2296,24 @@ class Loop(Routes):
             return State.ACCEPT
         if conn.forgotten:
             return State.NOT_FOUND
-        if conn.cause is None and conn.phase is Phase.CONNECTING:
-            self._probe_connect(conn)
-        elif conn.cause is None:
-            return self._probe(conn)
         if conn.cause is None:
-            return State.CONNECT
+            return self._probe(conn)
         if conn.phase is Phase.DOOMED and conn.cause.errno in _NO_SOCKET:
             return State.BAD
         return conn.cause.state
 
-    def _probe_connect(self, conn):
-        """Take notice of what has become of a connect()."""
-        try:
-            number = conn.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        except OSError as error:
-            number = error.errno
-        if number:
-            self._connect_failed(conn, number)
-
     def _probe(self, conn):
         """Probe a socket and latch what is found: probing has consumed it."""
         state, number, waiting = _look(conn.sock)
-        if number is not None:
+        fatal = number is not None and state is not State.OK
+        if conn.phase is Phase.CONNECTING:
+            # Until the loop has taken notice, also if it has just succeeded.
+            if not fatal:
+                return State.CONNECT
+            self._connect_result(conn, number)
+            return State.CONNECT if conn.cause is None else self._state(conn)
+        conn.soft_error = number or conn.soft_error
+        if fatal:
             self._doom(conn, Cause.of_errno(number))
         elif state is State.EOF:
             conn.cause = Cause("eof", None, "FIN from the peer")
@@ -2209,7 +2352,7 @@ def _script_function(takes, failure=Result.FAILURE, name=None):
                 return function(*args, **named)
             except TypeError:
                 reason = f"takes ({takes})"
-            except (ValueError, OSError) as error:
+            except (ValueError, OSError, RuntimeError) as error:
                 reason = error
             log.warning("%s: %s", name or function.__name__, reason)
             return failure
@@ -2237,7 +2380,8 @@ class TcpOps(Loop):
     clock                a function that returns seconds
 
     Not for several threads: only stop and call_soon may be called from
-    another one.  In a child after fork(), do not touch it.
+    another one.  In a child after fork() it is closed, without any event, and
+    the parent's does not notice.
     """
 
     def __repr__(self):
@@ -2267,7 +2411,7 @@ class TcpOps(Loop):
             raise ValueError(f"there is no connection {conid}")
         if conn.phase is Phase.LISTENING:
             raise ValueError(f"conid {conid} is a listener, no connection")
-        if conn.phase not in _LIVE:
+        if conn.phase not in _LIVE or conn.forgotten:
             raise ValueError(f"connection {conn.conid} is ending")
         return conn
 
@@ -2618,12 +2762,16 @@ class _Shown(TcpOps):
     """A TcpOps that shows every message and event before its route runs."""
 
     display = keepalive = None
-    stopped = False
+    stopped = closed = False
     opened = 0
 
     def stop(self):
         self.stopped = True
         super().stop()
+
+    def close(self):
+        self.stopped = self.closed = True
+        super().close()
 
     def message_handler(self, msg):
         self.display.message(msg)
@@ -2649,14 +2797,15 @@ def _unescape(text):
         if len(escape) == 4:
             return bytes([int(escape[2:], 16)])
         raise ValueError(f"no such escape: {escape.decode()}")
-    return re.sub(rb"\\(?:x[0-9a-fA-F]{2}|.|$)", replace, text.encode())
+    return re.sub(rb"\\(?:x[0-9a-fA-F]{2}|.|$)", replace,
+                  text.encode("utf-8", "surrogateescape"))
 
 
 class _LogTap(logging.Handler):
     """Collects what is logged: the reason behind a command's -1."""
 
-    def __init__(self):
-        super().__init__()
+    def __init__(self, level):
+        super().__init__(level)
         self.lines = []
 
     def emit(self, record):
@@ -2672,7 +2821,9 @@ class _Commands:
     def run(self, line):
         """Carry out a line; return the answer, a dict, always with result."""
         name, _, rest = line.strip().partition(" ")
-        tap = _LogTap()
+        own = {"send": self._send, "list": self._list, "help": self._help,
+               "quit": self._quit}
+        tap = _LogTap(logging.WARNING)
         log.addHandler(tap)
         try:
             if name in _FUNCTIONS:
@@ -2680,25 +2831,25 @@ class _Commands:
                 answer = {"result": int(result)}
                 if isinstance(result, State):
                     answer["state"] = result.name
-            elif name in ("list", "help", "quit") and rest.strip():
+            elif name not in own:
+                log.warning("no such command; type help")
+                answer = {"result": -1}
+            elif name != "send" and rest.strip():
                 log.warning("%s takes nothing", name)
                 answer = {"result": -1}
             else:
-                answer = getattr(self, "_" + name, self._unknown)(rest)
+                answer = own[name](rest)
         finally:
             log.removeHandler(tap)
         if tap.lines:
             answer["error"] = "; ".join(tap.lines)
         return {"command": name, **answer}
 
-    def _unknown(self, _rest):
-        log.warning("no such command; type help")
-        return {"result": -1}
-
     def _help(self, _rest):
         return {"result": 1, "text": _HELP}
 
     def _quit(self, _rest):
+        self._ops.stop()
         return {"result": 1}
 
     def _send(self, rest):
@@ -2832,73 +2983,125 @@ def _call_control(words, as_json):
             sock.settimeout(10)
             sock.connect(path)
             line = " ".join(command).replace("\n", "\\n") + "\n"
-            sock.sendall(line.encode())
+            sock.sendall(line.encode("utf-8", "surrogateescape"))
             with sock.makefile() as answers:
                 raw = answers.readline()
+        answer = json.loads(raw)
+        text = raw.rstrip("\n") if as_json else _answer_text(answer)
     except OSError as error:
         raise _Failure(f"cannot call {path}: {_reason(error)}") from None
-    if not raw:
-        raise _Failure(f"cannot call {path}: no answer")
-    answer = json.loads(raw)
+    except (ValueError, KeyError, TypeError):
+        raise _Failure(f"cannot call {path}: no answer of tcpops") from None
     if "error" in answer:
         print(answer["error"], file=sys.stderr)
-    print(raw.rstrip("\n") if as_json else _answer_text(answer))
+    print(text)
     return 0 if answer["result"] > 0 else 1
 
 
-def _remove_stale_socket(path):
-    """Remove what a program that was killed has left; spare what lives."""
-    with socket.socket(socket.AF_UNIX) as sock:
+class _ControlClient:
+    """One client of the control socket: lines in, JSON lines out."""
+
+    LONGEST = 65536  # bytes of a line
+
+    def __init__(self, control, sock):
+        self._control = control
+        self._sock = sock
+        self._read, self._unsent = bytearray(), bytearray()
+        self._events = _READ
+        sock.setblocking(False)
+        control.ops.attend(sock, _READ, self._ready)
+
+    def _ready(self, mask):
         try:
-            sock.connect(path)
-        except ConnectionRefusedError:
-            if not stat.S_ISSOCK(os.stat(path).st_mode):
-                raise _Failure(f"cannot make {path}: it is no socket, and in"
-                               " the way") from None
-            os.unlink(path)
-        except FileNotFoundError:
+            if mask & _READ:
+                data = self._sock.recv(4096)
+                self._read += data
+                self._answer()
+                if not data or len(self._read) > self.LONGEST:
+                    raise ConnectionError
+            if self._unsent:
+                del self._unsent[:self._sock.send(self._unsent, _NOSIGNAL)]
+        except _AGAIN:
             pass
+        except OSError:
+            self._control.ops.dismiss(self._sock)
+            self._sock.close()
+            return
+        # Who does not take the answers is not asked for more commands.
+        events = _WRITE if self._unsent else _READ
+        if events != self._events:
+            self._events = events
+            self._control.ops.dismiss(self._sock)
+            self._control.ops.attend(self._sock, events, self._ready)
+
+    def _answer(self):
+        """Carry out the lines that are complete."""
+        *lines, rest = self._read.split(b"\n")
+        self._read = bytearray(rest)
+        for line in lines:
+            answer = self._control.commands.run(
+                line.decode("utf-8", "surrogateescape"))
+            self._unsent += json.dumps(answer).encode() + b"\n"
+
+
+class _Control:
+    """The control socket, served by the loop like everything else."""
+
+    def __init__(self, path, ops, commands):
+        self.ops = ops
+        self.commands = commands
+        self._path = path
+        self._spare = os.open(os.devnull, os.O_RDONLY)
+        self._sock = socket.socket(socket.AF_UNIX)
+        try:
+            self._remove_stale()
+            umask = os.umask(0o177)  # mode 0600 from the first moment
+            try:
+                self._sock.bind(path)
+            finally:
+                os.umask(umask)
+            self._inode = os.stat(path).st_ino
+            self._sock.listen()
         except OSError as error:
+            self._sock.close()
             raise _Failure(f"cannot make {path}: {_reason(error)}") from None
+        self._sock.setblocking(False)
+        ops.attend(self._sock, _READ, self._accept)
+
+    def _remove_stale(self):
+        """Remove what a program that was killed has left; spare the rest."""
+        with socket.socket(socket.AF_UNIX) as sock:
+            try:
+                sock.connect(self._path)
+            except FileNotFoundError:
+                return
+            except ConnectionRefusedError:
+                if not stat.S_ISSOCK(os.stat(self._path).st_mode):
+                    raise OSError("it is no socket, and in the way") from None
+                os.unlink(self._path)
+                return
+        raise OSError("a program answers there")
+
+    def _accept(self, _mask):
+        try:
+            sock, _ = self._sock.accept()
+        except OSError:
+            # Out of descriptors, it would stay ready for ever: let go of the
+            # spare one, take the client with it and turn him away.
+            os.close(self._spare)
+            with contextlib.suppress(OSError):
+                self._sock.accept()[0].close()
+            self._spare = os.open(os.devnull, os.O_RDONLY)
         else:
-            raise _Failure(f"cannot make {path}: a program answers there")
+            _ControlClient(self, sock)
 
-
-def _open_control(path, ask, stop):
-    """Serve the control socket; return a function that removes it.
-
-    Each client has a thread of its own; ask(line) has the loop's thread carry
-    the command out and returns the answer.
-    """
-    import socketserver  # of use here only
-
-    class Handler(socketserver.StreamRequestHandler):
-        def handle(self):
-            with contextlib.suppress(OSError):  # the client has gone
-                for line in self.rfile:
-                    answer = ask(line.decode("utf-8", "replace"))
-                    self.wfile.write(json.dumps(answer).encode() + b"\n")
-                    if answer["command"] == "quit" and answer["result"] > 0:
-                        stop()
-
-    class Server(socketserver.ThreadingUnixStreamServer):
-        daemon_threads = True
-
-    _remove_stale_socket(path)
-    umask = os.umask(0o177)  # mode 0600 from the first moment
-    try:
-        server = Server(path, Handler)
-    except OSError as error:
-        raise _Failure(f"cannot make {path}: {_reason(error)}") from None
-    finally:
-        os.umask(umask)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-
-    def remove():
-        server.shutdown()
-        server.server_close()
-        os.unlink(path)
-    return remove
+    def close(self):
+        """Remove the socket, unless the path is somebody else's by now."""
+        self._sock.close()
+        os.close(self._spare)
+        with contextlib.suppress(OSError):
+            if os.stat(self._path).st_ino == self._inode:
+                os.unlink(self._path)
 
 
 def _load_routes(path, ops):
@@ -2912,9 +3115,11 @@ def _load_routes(path, ops):
     sys.path.insert(0, os.path.dirname(os.path.abspath(path)))
     try:
         with open(path, "rb") as file:
-            exec(compile(file.read(), path, "exec"), namespace)
+            source = file.read()
     except OSError as error:
         raise _Failure(f"cannot read {path}: {_reason(error)}") from None
+    try:
+        exec(compile(source, path, "exec"), namespace)
     except Exception as error:
         line = getattr(error, "lineno", None)  # of a SyntaxError
         trace = error.__traceback__
@@ -2922,8 +3127,9 @@ def _load_routes(path, ops):
             if trace.tb_frame.f_code.co_filename == path:
                 line = trace.tb_lineno
             trace = trace.tb_next
-        raise _Failure(f"{path}:{line}: {type(error).__name__}:"
-                       f" {error}") from None
+        where = path if line is None else f"{path}:{line}"
+        raise _Failure(
+            f"{where}: {type(error).__name__}: {error}") from None
 
 
 def _at_terminal():
@@ -2957,15 +3163,17 @@ class _Program:
             if options.routes:
                 _load_routes(options.routes, ops)
             if options.control:
-                stack.callback(
-                    _open_control(options.control, self._ask, ops.stop))
+                stack.enter_context(contextlib.closing(
+                    _Control(options.control, ops, self._commands)))
             console = options.console or _at_terminal()
-            self._listen_and_connect(console)
+            # Before the first line is written: whoever reads it may signal.
             stack.enter_context(self._signals())
+            self._listen_and_connect(console)
             if console:
                 self._start_console()
             self._serve()
-            ops.drain(_DRAIN)
+            if not ops.closed:  # by a handler of the routes file
+                ops.drain(_DRAIN)
         failure = self._display.failure
         if isinstance(failure, BrokenPipeError):
             return 1  # nobody reads any more, as after "| head"
@@ -2995,7 +3203,7 @@ class _Program:
             if self._options.listen:
                 ops.run()
             elif ops.connections():
-                ops.step()
+                ops.step(0.5)  # and see whether a signal has come
             else:
                 break
 
@@ -3031,8 +3239,10 @@ class _Program:
 
         def read():
             with contextlib.suppress(RuntimeError):  # the loop is closed
-                for line in itertools.chain(lines, ["quit"]):
-                    self._ops.call_soon(self._type, line)
+                with contextlib.suppress(OSError):  # the terminal has gone
+                    for line in lines:
+                        self._ops.call_soon(self._type, line)
+                self._ops.call_soon(self._type, "quit")
         threading.Thread(target=read, daemon=True).start()
 
     def _type(self, line):
@@ -3041,17 +3251,10 @@ class _Program:
             self._display.ask()
             return
         answer = self._commands.run(line)
-        if answer["command"] == "quit" and answer["result"] > 0:
-            self._display.prompt = ""
-            self._ops.stop()
+        if self._ops.stopped:
+            self._display.prompt = ""  # no more
         else:
             self._display.answer(answer)
-
-    def _ask(self, line):
-        """Have the loop carry out a line; return the answer.  For threads."""
-        answers = queue.SimpleQueue()
-        self._ops.call_soon(lambda: answers.put(self._commands.run(line)))
-        return answers.get()
 
 
 def main(argv=None):
@@ -3061,9 +3264,13 @@ def main(argv=None):
     sys.modules.setdefault("tcpops", sys.modules[__name__])
     parser = _parser()
     options = parser.parse_args(argv)
+    level = getattr(logging, options.log_level.upper())
     logging.basicConfig(
-        level=options.log_level.upper(), datefmt="%H:%M:%S",
+        level=level, datefmt="%H:%M:%S",
         format="%(asctime)s.%(msecs)03d %(levelname)s %(message)s")
+    for handler in logging.getLogger().handlers:
+        handler.setLevel(level)
+    log.setLevel(min(level, logging.WARNING))  # the answers tell warnings
     try:
         if options.call is not None:
             if len(options.call) < 2 or options.listen or options.connect:

@@ -11,7 +11,6 @@ test is marked real_time and is short.
 """
 
 import ast
-import collections
 import contextlib
 import ctypes
 import errno
@@ -306,7 +305,7 @@ class TestShape:
                     "error", "emit", "handle", "stop", "message_handler",
                     "event_handler", "next_message", "finish", "encode",
                     "decorate", "register", "replace", "reply", "remove",
-                    "Handler", "Server")
+                    "close")
                 if not node.name.startswith("_") and not overrides:
                     setter = any(isinstance(d, ast.Attribute)
                                  for d in node.decorator_list)
@@ -718,6 +717,12 @@ class TestProbe:
         left, right = socket.socketpair()
         with left, right:
             assert tcpops.probe(left) == (State.OK, None)
+
+    def test_3_2_closed_with_a_timeout(self):
+        sock = socket.socket()
+        sock.settimeout(5)
+        sock.close()
+        assert tcpops.probe(sock) == (State.BAD, errno.EBADF)
 
     @pytest.mark.parametrize("timeout", [None, 0, 60])
     def test_3_2_neither_blocks_nor_changes_the_socket(self, pair, timeout):
@@ -1273,7 +1278,7 @@ class TestSpec_3_3:
         world.ops.send(conid, b"is there anybody?")
         event = world.end(conid)
         assert (event.name, event.reason) == ("tcp:timeout", "keepalive")
-        assert event.errno == errno.ETIMEDOUT and 2.9 < event.age < 4
+        assert event.errno == errno.ETIMEDOUT and 2.9 < event.age < 4.1
 
     @real_time
     def test_3_3_a_living_peer_with_a_shut_window(self, make_world):
@@ -1541,6 +1546,13 @@ class TestSpec_3_5:
         after = timed.ops.connection(conid)
         assert after.lifetime == 7 and after.deadline == before.deadline
 
+    def test_3_5_any_real_number(self, timed):
+        for lifetime in (fractions.Fraction(1, 2), 0.5, 1, "0.5"):
+            _, conid = timed.client()
+            assert timed.ops.tcp_set_connection_lifetime(conid, lifetime)
+            timed.clock.advance(1)
+            assert timed.end(conid).reason == "lifetime"
+
     def test_3_5_keywords(self, world):
         _, conid = world.client()
         ops = world.ops
@@ -1748,9 +1760,33 @@ class TestLaterReleases:
     def test_close_while_connecting(self, world):
         with full_backlog() as address:
             conid = world.ops.connect(*address)
-            world.ops.send(conid, b"never sent")
             assert world.ops.tcp_close_connection(conid) == 1
             assert world.end(conid).reason == "closed"
+
+    def test_close_while_connecting_sends_what_is_queued(self, timed):
+        server = timed.server()
+        conid = timed.ops.connect(*server.getsockname())
+        assert timed.ops.send(conid, b"one ") == 1
+        assert timed.ops.send(conid, b"two") == 1
+        assert timed.ops.tcp_close_connection(conid) == 1
+        assert timed.ops.tcp_conid_state(conid) is State.NOT_FOUND
+        assert timed.ops.tcp_close_connection(conid) == -1
+        assert timed.ops.send(conid, b"three") == -1
+        assert timed.end(conid).reason == "closed"
+        peer = timed.accept(server)
+        assert peer.recv(99) == b"one two" and peer.recv(9) == b""
+
+    def test_close_while_connecting_in_vain(self, timed):
+        with full_backlog() as address:
+            conid = timed.ops.connect(*address)
+            timed.ops.send(conid, b"never sent")
+            assert timed.ops.tcp_close_connection(conid) == 1
+            timed.settle()
+            assert not timed.ends()
+            timed.clock.advance(10)
+            event = timed.end(conid)
+            assert event.reason == "closed"
+            assert event.detail == "closed by conid, 10 bytes unsent"
 
     def test_get_conid(self, world):
         sock, conid = world.client()
@@ -1881,6 +1917,18 @@ class TestLaterReleases:
         world.talk(sock, b"first")
         world.talk(sock, b"second")
         assert sock.recv(99) == b"to sock"
+
+    def test_otcpid_is_gone_after_the_message(self, world):
+        one, first = world.client()
+        two, second = world.client()
+
+        def on_message(msg):
+            world.ops.tcp_set_otcpid(first)
+            world.ops.tcp_set_otcpid_flag(1)
+        world.on_message = on_message
+        world.talk(one)
+        assert world.ops.forward("%s:%d" % two.getsockname(), b"for two")
+        assert two.recv(99) == b"for two"
 
     def test_otcpid_outside_of_a_message(self, world, logged):
         ops = world.ops
@@ -2176,13 +2224,19 @@ class TestLineFraming:
 
     @pytest.mark.parametrize("chunks", [
         [b"12345\n123456\n"], [b"12345\n123456"], [b"12345\n12345", b"6"],
-        [b"12345\n12345", b"\r", b"\n"]])
+        [b"12345\n12345\r", b"x\n"]])
     def test_too_long_at_every_split(self, chunks):
         framing = tcpops.LineFraming(5, False)
         got = []
         with pytest.raises(tcpops.ProtocolError, match="over 5 bytes"):
             for chunk in chunks:
                 got += feed(framing, chunk)
+
+    def test_the_line_end_does_not_count(self):
+        for chunks in ([b"12345\r\n12345\n"],
+                       [b"12345", b"\r", b"\n12345", b"\n"]):
+            framing = tcpops.LineFraming(5, False)
+            assert feed(framing, *chunks) == [b"12345", b"12345"]
 
     def test_encode(self):
         framing = tcpops.LineFraming(5, False)
@@ -2511,26 +2565,122 @@ class TestFramings:
         assert world.end(conid).reason == "closed"
         assert len(world.messages) == 1
 
-    def test_a_queue_during_a_handshake(self, make_world, clock):
-        """It does not put the handshake's deadline off."""
-        world = make_world(framing=Greeting, clock=clock, message_timeout=5,
-                           send_timeout=100, max_write_buffer=1)
+    def test_what_is_sent_during_a_handshake_follows_it(self, make_world):
+        world = make_world(framing=Greeting, max_write_buffer=10)
+        ops = world.ops
+        sock = socket.create_connection(("127.0.0.1", world.port), 5)
+        world.socks.append(sock)
+        world.until(ops.connections)
+        conid = ops.connections()[0].conid
+        assert ops.send(conid, b"one") is Result.SUCCESS
+        assert ops.send(conid, b"seven77") is Result.SUCCESS
+        assert ops.send(conid, b"no more") is Result.FAILURE
+        world.settle()
+        sock.sendall(b"hi;")
+        world.until(lambda: world.events)
+        world.ops.tcp_close_connection(conid)
+        assert sock.makefile("rb").read() == b"hi;3:one,7:seven77,"
+
+    def test_the_handshake_of_a_client_goes_first(self, world):
+        server = world.server()
+        conid = world.ops.connect(*server.getsockname(), framing=Greeting)
+        assert world.ops.send(conid, b"data") == 1
+        peer = world.accept(server)
+        world.settle()
+        assert peer.recv(99) == b"hi;"
+        peer.sendall(b"hi;")
+        world.until(lambda: world.events)
+        assert peer.recv(99) == b"4:data,"
+
+    def test_a_handshake_that_fails_with_something_queued(self, make_world):
+        world = make_world(framing=Greeting)
         sock = socket.create_connection(("127.0.0.1", world.port), 5)
         world.socks.append(sock)
         world.until(world.ops.connections)
         conid = world.ops.connections()[0].conid
-        world.fill(conid)
-        while world.ops._table.get(conid).out:
-            sock.recv(1 << 20)
-            world.ops.step(0)
-        clock.advance(5)
-        assert world.end(conid).reason == "message"
+        world.ops.send(conid, b"data")
+        sock.sendall(b"ha")
+        event = world.end(conid)
+        assert event.reason == "protocol"
+        assert event.detail == "no greeting, 4 bytes unsent"
+
+    def test_closed_by_the_opened_handler(self, make_world):
+        """No message after that, though it came in the same segment."""
+        world = make_world(framing=Greeting)
+        world.on_event = lambda event: event.reason is None and \
+            world.ops.tcp_close_connection()
+        sock = socket.create_connection(("127.0.0.1", world.port), 5)
+        world.socks.append(sock)
+        sock.sendall(b"hi;3:msg,")
+        world.until(world.ends)
+        assert not world.messages and world.ends()[0].reason == "closed"
 
     def test_a_readiness_that_is_none(self, world):
         left, right = tcp_pair()
         world.socks.append(left)
         world.ops.attach(ScriptedSocket.of(right, recv=[errno.EAGAIN]))
         world.talk(left)
+
+    @pytest.mark.parametrize("end", [b"", b"last"])
+    @pytest.mark.parametrize("way", ["fin", "rst", "fin_then_rst"])
+    def test_messages_that_waited_while_the_socket_died(self, make_world, way,
+                                                        end):
+        """All of them, one by one, also those behind a shut window."""
+        world = make_world(framing="line", max_write_buffer=1000)
+        sock, conid = world.client()
+        world.on_message = lambda msg: len(world.messages) == 1 and msg.reply(
+            bytes(6 << 20))
+        sock.sendall(b"1\n2\n3\n" + end)
+        world.until(lambda: world.messages)
+        world.settle()
+        assert len(world.messages) == 1
+        getattr(Deaths, way)(world, sock, conid)
+        while way == "fin" and not world.ends():
+            world.ops.step(0)
+            sock.recv(1 << 20)
+        world.end(conid)
+        wanted = [b"1", b"2", b"3"] + [end] * (bool(end) and way != "rst")
+        assert [msg.data for msg in world.messages] == wanted
+
+    def test_a_probe_in_the_midst_of_many_messages(self, make_world):
+        world = make_world(framing="line")
+        sock, conid = world.client()
+        world.on_message = lambda msg: len(world.messages) == 1 and \
+            world.ops.call_soon(world.ops.tcp_conid_state, conid)
+        sock.sendall(b"".join(b"%d\n" % n for n in range(1000)))
+        rst(sock)
+        world.end(conid)
+        assert [int(m.data) for m in world.messages] == list(range(1000))
+
+    def test_a_framing_that_speaks_on_a_dead_socket(self, make_world):
+        class Acknowledging(Netstring):
+            def next_message(self):
+                payload = super().next_message()
+                if payload is not None:
+                    self.output += b"ack"
+                return payload
+        world = make_world(framing=Acknowledging)
+        sock, conid = world.client()
+        sock.sendall(b"1:a,1:b,1:c,1:d,")
+        rst(sock)
+        assert world.end(conid).reason == "reset"
+        assert [m.data for m in world.messages] == [b"a", b"b", b"c", b"d"]
+
+    def test_a_dead_socket_is_emptied_in_shares(self, make_world):
+        """However much it holds, the others are served meanwhile."""
+        world = make_world(max_message=1000)
+        sock, conid = world.client()
+        sock.setblocking(False)
+        sent = 0
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                sent += sock.send(bytes(65536))
+        rst(sock)
+        assert world.ops.tcp_conid_state(conid) is State.ERROR
+        world.ops.step(0)
+        assert len(world.messages) == tcpops._BURY and not world.ends()
+        world.client()
+        assert tcpops._BURY * 1000 < world.end(conid).bytes_in <= sent
 
     def test_ctrl_c_in_a_handler_of_a_dying_connection(self, world):
         sock, conid = world.client()
@@ -2587,6 +2737,19 @@ class TestMessageTimeout:
         slow.clock.advance(100)
         slow.settle()
         assert not slow.ends()
+
+    def test_it_starts_anew_behind_a_turn_s_share_of_messages(self, slow):
+        sock, conid = slow.client()
+        sock.send(b"a")
+        slow.settle()
+        slow.clock.advance(4)
+        sock.send(b"\n" * tcpops._BATCH + b"b")
+        slow.settle()
+        slow.clock.advance(4)
+        slow.settle()
+        assert not slow.ends()
+        slow.clock.advance(1)
+        assert slow.end(conid).reason == "message"
 
     def test_it_stops_while_we_do_not_read(self, make_world, clock):
         world = make_world(framing="line", clock=clock, message_timeout=5,
@@ -2791,6 +2954,21 @@ class TestSending:
         assert world.ends()[0].reason == "reset"
 
 
+    @pytest.mark.parametrize("way, reason", [("fin", "eof"),
+                                             ("rst", "reset")])
+    def test_an_end_that_paused_reading_hides(self, timed, way, reason):
+        """The deadline asks the socket, which knows better."""
+        sock, conid = timed.client()
+        timed.fill(conid)
+        while timed.ops.send(conid, bytes(65536)):
+            pass
+        getattr(Deaths, way)(timed, sock, conid)
+        if way == "fin":
+            timed.settle()
+            timed.clock.advance(10)
+        event = timed.end(conid)
+        assert event.reason == reason
+
     def test_what_is_lost_is_told(self, timed):
         """A reason that came first stays; the detail has the loss."""
         for way in ("tcp_close_connection", "tcp_set_connection_lifetime"):
@@ -2910,10 +3088,50 @@ class TestListenAndConnect:
             (socket.AF_INET, ("127.0.0.1", 1))])
         conid = world.ops.connect("name", 1)
 
-        def new_socket(family):
-            raise OSError(errno.EMFILE, "none left")
-        monkeypatch.setattr(world.ops, "_new_socket", new_socket)
+        class NoSocket(socket.socket):
+            def __init__(self, *_):
+                raise OSError(errno.EMFILE, "none left")
+        monkeypatch.setattr(socket, "socket", NoSocket)
         assert world.end(conid).reason == "reset"
+
+    def test_connect_where_a_family_is_missing(self, world, monkeypatch):
+        server = world.server()
+        port = server.getsockname()[1]
+        monkeypatch.setattr(tcpops, "_resolve", lambda host, port: [
+            (99, ("nowhere", port)),
+            (socket.AF_INET, ("127.0.0.1", port))])
+        conid = world.ops.connect("name", port)
+        world.until(lambda: world.events)
+        assert world.ops.connection(conid).si == "127.0.0.1"
+        monkeypatch.setattr(tcpops, "_resolve", lambda host, port: [
+            (99, ("nowhere", port))])
+        with pytest.raises(OSError):
+            world.ops.connect("name", port)
+        assert world.ops.stats()["opened"] == 1
+
+    def test_connect_to_a_thousand_addresses_in_vain(self, world,
+                                                     monkeypatch):
+        """Each fails at once; no recursion."""
+        monkeypatch.setattr(tcpops, "_resolve", lambda host, port: [
+            (socket.AF_INET, ("255.255.255.255", 9))] * 2000)
+        assert world.end(world.ops.connect("name", 9)).errno
+
+    @pytest.mark.parametrize("probing", [False, True])
+    @pytest.mark.parametrize("way", ["fin_then_rst", "rst"])
+    def test_a_peer_that_is_gone_before_we_look(self, world, way, probing):
+        """It was connected: opened, its message, and the true end."""
+        server = world.server()
+        conid = world.ops.connect(*server.getsockname())
+        peer = world.accept(server)
+        peer.sendall(b"hi")
+        getattr(Deaths, way)(world, peer, None)
+        if probing:
+            assert world.ops.tcp_conid_state(conid) == (
+                -3 if way == "rst" else -2)
+        event = world.end(conid)
+        assert [e.name for e in world.events][0] == "tcp:opened"
+        assert [m.data for m in world.messages] == [b"hi"]
+        assert event.reason == ("reset" if way == "rst" else "eof")
 
     def test_connect_to_what_the_kernel_refuses_at_once(self, world):
         """Broadcast is no address for TCP; still a conid and an event."""
@@ -3076,6 +3294,15 @@ class TestDescriptors:
         assert world.ops.send(conid, b"x") is Result.FAILURE
         event = world.end(conid)
         assert (event.reason, event.errno) == ("error", errno.EBADF)
+        left.close()
+
+    def test_closed_behind_our_back_and_met_by_a_deadline(self, timed):
+        left, right = tcp_pair()
+        conid = timed.ops.attach(right)
+        timed.settle()
+        right.close()
+        timed.clock.advance(120)
+        assert timed.end(conid).errno == errno.EBADF
         left.close()
 
     def test_closed_behind_our_back_and_watched_anew(self, world):
@@ -3349,6 +3576,17 @@ class TestLoop:
         world.ops.close()
         assert len(logged) == 1
 
+    def test_ctrl_c_while_the_last_events_are_told(self, world):
+        for _ in range(5):
+            world.client()
+
+        def on_event(event):
+            raise KeyboardInterrupt
+        world.on_event = on_event
+        with pytest.raises(KeyboardInterrupt):
+            world.ops.close()
+        assert len(world.ends()) == 5
+
     def test_with(self):
         told = []
         with tcpops.TcpOps() as ops:
@@ -3414,9 +3652,15 @@ class TestLoop:
 
     def test_drain_takes_nobody_new(self, world, logged):
         _, conid = world.client()
-        world.on_event = lambda event: world.ops.connect("127.0.0.1", 9)
+        def on_event(event):
+            assert world.ops.forward("127.0.0.1:9", b"x") == -1
+            with pytest.raises(RuntimeError, match="drained"):
+                world.ops.connect("127.0.0.1", 9)
+            world.ops.listen("127.0.0.1", 0)
+        world.on_event = on_event
         world.ops.drain(1)
-        assert "drained" in str(world.ends()) and len(logged) == 1
+        assert len(world.ends()) == 1 and not world.ops.listeners()
+        assert len(logged) == 2 and "drained" in logged[0]
         world.on_event = None
         world.ops.listen("127.0.0.1", 0)  # afterwards it may go on
 
@@ -3450,6 +3694,23 @@ class TestLoop:
         world.ops.run()
         assert world.messages
 
+    def test_a_signal_wakes_the_loop(self, world):
+        """Also one that comes just before the wait: it is written down."""
+        seen = []
+        before = signal.signal(signal.SIGUSR1, lambda *_: seen.append(
+            world.ops._woken.recv(9)) or world.ops.stop())
+        wakeup = signal.set_wakeup_fd(-1)
+        signal.set_wakeup_fd(wakeup)
+        try:
+            world.ops.call_soon(lambda: (
+                world.ops._drain_waker(None),
+                os.kill(os.getpid(), signal.SIGUSR1)))
+            world.ops.run()
+        finally:
+            signal.signal(signal.SIGUSR1, before)
+        assert seen == [bytes([signal.SIGUSR1])]
+        assert signal.set_wakeup_fd(wakeup) == wakeup
+
     def test_stop_from_a_signal_handler(self, world):
         before = signal.signal(signal.SIGUSR1,
                                lambda *_: world.ops.stop())
@@ -3462,7 +3723,27 @@ class TestLoop:
     def test_call_soon_logs_what_is_raised(self, world, logged):
         world.ops.call_soon(lambda: 1 / 0)
         world.settle()
-        assert len(logged) == 1 and "call_soon" in logged[0]
+        assert len(logged) == 1 and "<lambda>" in logged[0]
+
+    def test_a_socket_of_the_host_program_s(self, world, logged):
+        left, right = socket.socketpair()
+        seen = []
+
+        def ready(mask):
+            seen.append((mask, right.recv(9)))
+            if seen[-1][1] == b"raise":
+                raise ZeroDivisionError
+        with left, right:
+            world.ops.attend(right, selectors.EVENT_READ, ready)
+            left.send(b"x")
+            assert world.ops.step(5) == 1
+            left.send(b"raise")
+            assert world.ops.step(5) == 1 and len(logged) == 1
+            world.ops.dismiss(right)
+            left.send(b"x")
+            assert world.ops.step(0) == 0
+        assert seen == [(selectors.EVENT_READ, b"x"),
+                        (selectors.EVENT_READ, b"raise")]
 
     def test_a_thousand_wake_ups_are_one(self, world):
         for _ in range(100000):
@@ -3549,6 +3830,83 @@ class TestLoop:
         for wrong in (None, "x", 99, conid + 0.0, [], True):
             assert timed.ops.connection(wrong) is None
 
+    def test_fork(self, world):
+        """The child's copy is closed; the parent's does not notice."""
+        ops = world.ops
+        sock, conid = world.client()
+        other, second = world.client()
+        world.fill(second)
+        sock.send(b"for the parent")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of threads
+            child = os.fork()
+        if not child:  # pragma: no cover (the child)
+            status = 1
+            with contextlib.suppress(BaseException):
+                assert ops.tcp_conid_state(conid) == -1
+                assert not ops.connections() and ops.tcp_close_connection(
+                    second) == -1
+                try:
+                    ops.step(0)
+                except RuntimeError:
+                    ops.close()
+                    status = 0
+            os._exit(status)
+        assert os.waitpid(child, 0)[1] == 0
+        assert ops.tcp_conid_state(conid) == 1
+        world.until(lambda: world.messages)
+        assert world.messages[0].data == b"for the parent"
+        assert not world.ends() and ops.tcp_conid_alive(second)
+        ops.tcp_close_connection(conid)
+        assert sock.recv(9) == b""  # no copy in a child holds it open
+        world.client()
+
+    def test_fork_in_a_handler(self, world):
+        sock, conid = world.client()
+
+        def on_message(msg):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)
+                world.child = os.fork()
+        world.on_message = on_message
+        me = os.getpid()
+        sock.send(b"x")
+        try:
+            world.until(lambda: world.messages)
+        finally:
+            if os.getpid() != me:  # pragma: no cover (the child)
+                os._exit(7 if world.ops._closing else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(world.child, 0)[1]) == 7
+        world.on_message = None
+        world.talk(sock)
+
+    def test_what_a_child_does(self, world, monkeypatch):
+        """The same, seen from inside: nothing shared is touched."""
+        sock, conid = world.client()
+        world.ops.call_soon(print)
+        monkeypatch.setattr(tcpops, "_loops", {world.ops})
+        tcpops._abandon_loops()
+        assert world.ops._closing and not world.ends()
+        assert world.ops.tcp_conid_state(conid) is State.NOT_FOUND
+        world.ops._ended["shutdown"] += 1  # told nobody, counted nowhere
+
+    def test_run_in_another_thread(self, world):
+        """Where there are no signals to be woken by."""
+        thread = threading.Thread(target=world.ops.run)
+        thread.start()
+        world.ops.call_soon(world.ops.stop)
+        thread.join(5)
+        assert not thread.is_alive()
+
+    def test_the_clock_jumps_an_hour(self, timed):
+        socks = [timed.client() for _ in range(20)]
+        timed.clock.advance(3600)
+        socks[0][0].send(b"just in time")
+        timed.settle()
+        assert len(timed.ends()) == 19
+        assert {e.reason for e in timed.ends()} == {"lifetime"}
+        assert timed.ops.tcp_conid_alive(socks[0][1])
+
     def test_repr(self, world):
         sock, conid = world.client()
         assert repr(world.ops) == "<TcpOps: 1 listeners, 1 connections>"
@@ -3578,6 +3936,368 @@ class TestLoop:
         assert not [o for o in gc.get_objects()
                     if isinstance(o, tcpops.Connection)]
         assert len(os.listdir("/proc/self/fd")) == before
+
+
+# -- every way to die ---------------------------------------------------------
+
+
+class Deaths:
+    """The ways to die, as a peer or the host program brings them about.
+
+    Each takes the world, the peer's socket and the conid, and makes it so
+    that the end comes with the next turns of the loop.
+    """
+
+    @staticmethod
+    def fin(world, sock, conid):
+        sock.shutdown(socket.SHUT_WR)
+
+    @staticmethod
+    def rst(world, sock, conid):
+        rst(sock)
+
+    @staticmethod
+    def closed_with_our_bytes_unread(world, sock, conid):
+        world.ops.send(conid, b"not read")
+        select_readable(sock)
+        sock.close()
+
+    @staticmethod
+    def fin_then_rst(world, sock, conid):
+        sock.shutdown(socket.SHUT_WR)
+        rst(sock)
+
+    @staticmethod
+    def fin_then_rst_for_what_we_wrote(world, sock, conid):
+        sock.close()
+        world.ops.send(conid, b"x")
+
+    @staticmethod
+    def lifetime(world, sock, conid):
+        world.ops.tcp_set_connection_lifetime(conid, 1)
+        world.settle()  # what is unread renews it
+        world.clock.advance(1)
+
+    @staticmethod
+    def local_close(world, sock, conid):
+        world.ops.tcp_close_connection(conid)
+
+    @staticmethod
+    def shutdown(world, sock, conid):
+        world.ops.close()
+
+
+def select_readable(sock):
+    """Wait until something can be read from a socket."""
+    with selectors.DefaultSelector() as selector:
+        selector.register(sock, selectors.EVENT_READ)
+        assert selector.select(5)
+
+
+CLOSED, RESET, TIMEOUT = "tcp:closed", "tcp:reset", "tcp:timeout"
+#: way: the event's name, reason and errno; the state that a probe finds just
+#: before, and that the handler sees.
+DEATHS = {
+    "fin": (CLOSED, "eof", None, -2, -2),
+    "rst": (RESET, "reset", errno.ECONNRESET, -3, -3),
+    "closed_with_our_bytes_unread":
+        (RESET, "reset", errno.ECONNRESET, -3, -3),
+    "fin_then_rst": (CLOSED, "eof", None, -2, -2),
+    "fin_then_rst_for_what_we_wrote": (CLOSED, "eof", None, -2, -2),
+    "lifetime": (TIMEOUT, "lifetime", None, 1, -3),
+    "local_close": (CLOSED, "closed", None, -1, -1),
+    "shutdown": (CLOSED, "shutdown", None, -1, -1),
+}
+CONDITIONS = [
+    (way, condition) for way in DEATHS
+    for condition in ("idle", "unread", "paused")
+    # A peer with unread bytes of ours closes with an RST, so this is none.
+    if (way, condition) != ("fin_then_rst_for_what_we_wrote", "paused")]
+
+
+class TestDeaths:
+    """Each way to die, in each condition: one event, and the true one."""
+
+    @pytest.mark.parametrize("probed", [False, True], ids=["", "probed"])
+    @pytest.mark.parametrize("way, condition", CONDITIONS)
+    def test_4_1_death(self, make_world, clock, way, condition, probed):
+        name, reason, number, before, within = DEATHS[way]
+        world = make_world(clock=clock, max_write_buffer=1)
+        world.clock = clock
+        sock, conid = world.client()
+        world.talk(sock, b"first words")
+        queued = 0
+        if condition == "paused":
+            world.fill(conid)
+            queued = len(world.ops._table.get(conid).out)
+        if condition != "idle":
+            sock.send(b"last words")
+        within_seen = []
+        world.on_event = lambda event: within_seen.append(
+            world.ops.tcp_conid_state())
+        getattr(Deaths, way)(world, sock, conid)
+        if probed:
+            for _ in range(2):
+                assert world.ops.tcp_conid_state(conid) == before
+        if queued and way in ("fin", "local_close"):
+            # The peer reads on: it gets all of it, then the end.
+            while not world.ends(conid):
+                world.ops.step(0)
+                sock.recv(1 << 20)
+        if way != "shutdown":
+            world.end(conid)
+        (event,) = world.ends(conid)
+        assert (event.name, event.reason, event.errno) == (name, reason,
+                                                           number)
+        assert within_seen == [within]
+        assert world.ops.tcp_conid_state(conid) is State.NOT_FOUND
+        data = b"".join(msg.data for msg in world.messages)
+        # What we end ourselves leaves what is unread unread.
+        unread = way in ("local_close", "shutdown") or (
+            (way, condition) == ("lifetime", "paused"))
+        if condition == "idle" or unread:
+            assert data == b"first words"
+        else:
+            assert data == b"first wordslast words"
+        assert event.bytes_in == len(data)
+
+    def test_4_1_slow_reader_after_half_close(self, world):
+        """Several megabytes, read in small bites."""
+        sock, conid = world.client()
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+        answer = random.Random(1).randbytes(3 << 20)
+        world.on_message = lambda msg: msg.reply(answer)
+        sock.send(b"?")
+        sock.shutdown(socket.SHUT_WR)
+        world.until(lambda: world.messages)
+        got = bytearray()
+        while len(got) < len(answer):
+            world.ops.step(0)
+            got += sock.recv(20000)
+        assert got == answer and sock.recv(9) == b""
+        assert world.end(conid).reason == "eof"
+
+    @pytest.mark.parametrize("phase", [
+        "listening", "connecting", "opening", "silent", "open", "queued",
+        "half-closed", "closing", "reset", "waiting"])
+    @pytest.mark.parametrize("how", ["close", "drain"])
+    def test_4_1_drain_and_close_in_every_state(self, make_world, phase, how):
+        world = make_world(framing=Greeting if phase == "opening" else "line",
+                           max_write_buffer=1 << 30)
+        ops = world.ops
+        reason = "shutdown"
+        with full_backlog() as address:
+            if phase == "connecting":
+                ops.connect(*address)
+                ops.forward("%s:%d" % address, b"queued")
+            elif phase == "opening":
+                world.socks.append(
+                    socket.create_connection(("127.0.0.1", world.port)))
+                world.until(ops.connections)
+            elif phase != "listening":
+                sock, conid = world.client()
+                if phase != "silent":
+                    world.talk(sock, b"hello\n")
+                if phase in ("queued", "half-closed", "closing"):
+                    world.fill(conid)
+                if phase == "half-closed":
+                    sock.shutdown(socket.SHUT_WR)
+                    world.settle()
+                    reason = "eof"
+                elif phase == "closing":
+                    ops.tcp_close_connection(conid)
+                    reason = "closed"
+                elif phase == "reset":
+                    rst(sock)
+                    ops.tcp_conid_state(conid)
+                    reason = "reset"
+                elif phase == "waiting":
+                    sock.sendall(b"\n" * 1000)
+                    ops.step(5)
+                    assert ops._table.get(conid).waiting
+            start = time.monotonic()
+            ops.close() if how == "close" else ops.drain(0.1)
+            assert time.monotonic() - start < 3
+        assert [e.reason for e in world.ends()] == (
+            [] if phase == "listening" else [reason])
+        assert not ops._table and not ops._live
+
+
+# -- hosts that vanish ----------------------------------------------------------
+
+
+def run(*command, **how):
+    return subprocess.run(command, check=True, capture_output=True, text=True,
+                          timeout=30, **how)
+
+
+class Hosts:
+    """A network namespace with some hosts in it, reached over a veth pair."""
+
+    US = "10.99.77.1"
+    #: Each host and what will come back from it once it is gone.
+    FATES = {
+        "10.99.77.3": ("drop", (errno.ETIMEDOUT,)),
+        "10.99.77.4": ("reject with icmp type host-unreachable",
+                       (errno.EHOSTUNREACH,)),
+        "10.99.77.5": ("reject with icmp type net-unreachable",
+                       (errno.ENETUNREACH,)),
+        "10.99.77.6": ("reject with icmp type port-unreachable",
+                       (errno.ECONNREFUSED,)),
+    }
+
+    def __init__(self):
+        self.name = f"tcpops{os.getpid()}"
+        self.link = f"tops{os.getpid() % 10 ** 6}"
+        self.libc = ctypes.CDLL(None, use_errno=True)
+
+    def __enter__(self):
+        run("ip", "netns", "add", self.name)
+        try:
+            run("ip", "link", "add", self.link, "type", "veth", "peer",
+                "name", "inner", "netns", self.name)
+            run("ip", "addr", "add", f"{self.US}/24", "dev", self.link)
+            run("ip", "link", "set", self.link, "up")
+            for host in self.FATES:
+                self.inside_run("ip", "addr", "add", f"{host}/24", "dev",
+                                "inner")
+            self.inside_run("ip", "link", "set", "inner", "up")
+            self.inside_run("sh", "-c", "echo 0 >"
+                            " /proc/sys/net/ipv4/icmp_ratelimit")
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_):
+        run("ip", "netns", "del", self.name)
+        with contextlib.suppress(subprocess.CalledProcessError):
+            run("ip", "link", "del", self.link)  # if it did not go with it
+
+    def inside_run(self, *command, **how):
+        run("ip", "netns", "exec", self.name, *command, **how)
+
+    def connect(self, host, address):
+        """Return a socket of that host, connected to the address."""
+        home = os.open("/proc/self/ns/net", os.O_RDONLY)
+        there = os.open(f"/run/netns/{self.name}", os.O_RDONLY)
+        try:
+            assert self.libc.setns(there, 0) == 0
+            try:
+                return socket.create_connection(address, 5,
+                                                source_address=(host, 0))
+            finally:
+                assert self.libc.setns(home, 0) == 0
+        finally:
+            os.close(home)
+            os.close(there)
+
+    def vanish(self):
+        """Each host meets its fate."""
+        rules = "\n".join(f"ip daddr {host} meta l4proto tcp {fate}"
+                          for host, (fate, _) in self.FATES.items())
+        self.inside_run("nft", "-f", "-", input=(
+            "table inet t {\nchain c {\n"
+            f"type filter hook input priority 0\n{rules}\n}}\n}}\n"))
+
+    def unplug(self):
+        """All vanish with their cable."""
+        self.inside_run("ip", "link", "set", "inner", "down")
+
+
+def why_no_hosts():
+    """Return why namespaces cannot be made here, or an empty string."""
+    if os.environ.get("CI"):
+        return ""  # there they must be had
+    try:
+        with Hosts() as hosts:
+            hosts.vanish()
+    except (OSError, subprocess.CalledProcessError) as error:
+        return f"no network namespaces: {error}"
+    return ""
+
+
+@pytest.fixture
+def hosts():
+    reason = why_no_hosts()
+    if reason:
+        pytest.skip(reason)
+    with Hosts() as made:
+        yield made
+
+
+@real_time
+class TestVanished:
+    """Real hosts that really vanish."""
+
+    def lost(self, hosts, world, vanish, conditions, keepalive=(1, 2, 1)):
+        """Make hosts vanish; return {(host, condition): its event}."""
+        ops = world.ops
+        listener = ops.listen(hosts.US, 0)
+        address = (hosts.US, ops.connection(listener).Rp)
+        conids = {}
+        for host in hosts.FATES:
+            for condition in conditions:
+                count = len(world.events)
+                sock = hosts.connect(host, address)
+                world.socks.append(sock)
+                world.until(lambda: len(world.events) > count)
+                conid = world.events[-1].conid
+                conids[conid] = host, condition
+                world.talk(sock)
+                if condition == "paused":
+                    world.fill(conid)
+                assert ops.tcp_keepalive_enable(conid, *keepalive) == 1
+        vanish()
+        gone = time.monotonic()
+        for conid, (_, condition) in conids.items():
+            assert ops.tcp_conid_state(conid) is State.OK
+            if condition == "in flight":
+                assert ops.send(conid, b"is there anybody?") == 1
+        told = {}
+        world.on_event = lambda event: told.update(
+            {conids[event.conid]: (event, time.monotonic() - gone,
+                                   ops.tcp_conid_state())})
+        world.until(lambda: time.monotonic() > gone + 1)
+        for conid in conids:  # what ICMP has said by now kills nobody
+            assert ops.tcp_conid_state(conid) is State.OK
+        world.until(lambda: len(told) == len(conids), 10)
+        world.settle()
+        assert sorted(e.conid for e in world.ends()) == sorted(conids)
+        return told
+
+    def test_3_3_fates(self, hosts, make_world):
+        """What ICMP says is why it vanished, and no reset or close."""
+        world = make_world(send_timeout=60, max_write_buffer=1)
+        told = self.lost(hosts, world, hosts.vanish,
+                         ["idle", "in flight", "paused"])
+        limit = Keepalive(1, 2, 1).limit
+        for (host, condition), (event, after, state) in told.items():
+            assert (event.name, event.reason) == (TIMEOUT, "keepalive")
+            assert state is State.ERROR
+            assert after < limit + 1, (host, condition)
+            fate, numbers = hosts.FATES[host]
+            if condition == "idle":
+                # The kernel heeds no ICMP that answers a keepalive probe.
+                numbers = (errno.ETIMEDOUT,)
+            assert event.errno in numbers, (fate, condition)
+
+    def test_3_3_unplugged(self, hosts, make_world):
+        world = make_world(send_timeout=60, max_write_buffer=1)
+        told = self.lost(hosts, world, hosts.unplug,
+                         ["idle", "in flight", "paused"])
+        for event, after, state in told.values():
+            assert (event.reason, state) == ("keepalive", State.ERROR)
+            assert after < Keepalive(1, 2, 1).limit + 1
+
+    def test_connect_unreachable(self, hosts, make_world):
+        """Nobody has that address: the kernel says so, after 3 s of ARP."""
+        world = make_world(connect_timeout=9)
+        conid = world.ops.connect("10.99.77.200", 9)
+        assert world.ops.tcp_conid_state(conid) is State.CONNECT
+        event = world.end(conid)
+        assert (event.name, event.reason, event.errno) == (
+            TIMEOUT, "connect", errno.EHOSTUNREACH)
 
 
 # -- section 13 of the file: the command line ---------------------------------
@@ -3804,6 +4524,7 @@ class TestCommandLine:
                     (r"send 2 a b\r\n\x41\\", "1"), ("send 77 x", "-1"),
                     ("send", "-1"), (r"send 2 \q", "-1"),
                     ("nonsense", "-1"), ("__init__", "-1"), ("", None),
+                    ("_init__ x", "-1"), ("ops", "-1"), ("run list", "-1"),
                     ("help me", "-1"), ("quit now", "-1"),
                     ("help", "commands:"), ("tcp_close_connection 2", "1")]:
                 run.type(line)
@@ -4021,6 +4742,22 @@ class TestCommandLine:
             timeout=30)
         assert done.returncode == 1 and "Traceback" not in done.stderr
 
+    def test_a_terminal_that_goes_away(self):
+        own = ("import fcntl, os, signal, sys, termios; os.setsid();"
+               "fcntl.ioctl(0, termios.TIOCSCTTY, 0);"
+               "signal.signal(signal.SIGHUP, signal.SIG_IGN);"
+               "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])")
+        terminal, end = pty.openpty()
+        process = subprocess.Popen(
+            [sys.executable, "-c", own, "tcpops.py", "--listen", "0"],
+            cwd=HERE, stdin=end, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, text=True)
+        os.close(end)
+        assert "type help" in process.stdout.readline()
+        os.close(terminal)
+        _, err = process.communicate()
+        assert (process.returncode, err) == (0, "")
+
     def test_a_console_without_standard_input(self):
         done = subprocess.run(
             ["sh", "-c", 'exec "$0" tcpops.py --listen 0 --console <&-',
@@ -4097,6 +4834,18 @@ class TestRoutes:
             status, _, err = run.end()
         assert (status, err) == (0, "")
 
+    @pytest.mark.parametrize("text, status", [
+        ("ops.close()", 0), ("raise SystemExit(7)", 7), ("ops.stop()", 0),
+        ("raise KeyboardInterrupt", 130)])
+    def test_a_handler_that_ends_it(self, cli, tmp_path, text, status):
+        path = tmp_path / "routes.py"
+        path.write_text(f"@request_route\ndef _(msg):\n    {text}\n")
+        run = cli("--listen", 0, "--routes", path)
+        with socket.create_connection(("127.0.0.1", run.port())) as sock:
+            sock.sendall(b"x")
+            got, out, err = run.end()
+        assert (got, err) == (status, "") and "shutdown" in out
+
     @pytest.mark.parametrize("text, says", [
         ("x = 1\ny = nothing\n", ":2: NameError: name 'nothing'"),
         ("def f():\n    1 / 0\n\nf()\n", ":2: ZeroDivisionError"),
@@ -4104,6 +4853,8 @@ class TestRoutes:
         ("import no_such_module\n", ":1: ModuleNotFoundError"),
         ("modparam('tcpops', 'closed_event', 9)\n", ":1: ValueError"),
         ("event_route('nonsense')\n", ":1: ValueError: an event is one of"),
+        ("open('/no/such')\n", ":1: FileNotFoundError"),
+        ("x\0\n", ": "),
     ])
     def test_a_file_that_fails(self, tmp_path, text, says):
         path = tmp_path / "routes.py"
@@ -4166,6 +4917,94 @@ class TestControl:
         assert self.call(path, "tcp_conid_state", "1")[1] == "2 ACCEPT\n"
         assert run.end(signal.SIGINT)[0] == 0 and not path.exists()
 
+    def test_hostile_clients(self, cli, tmp_path):
+        path = tmp_path / "control"
+        run = cli("--listen", 0, "--control", path, "--log-level", "error")
+        run.port()
+        garbage = random.Random(3).randbytes(50000).replace(b"quit", b"")
+        with contextlib.ExitStack() as stack:
+            def client():
+                sock = stack.enter_context(socket.socket(socket.AF_UNIX))
+                sock.settimeout(10)
+                sock.connect(str(path))
+                return sock
+            sock = client()
+            sock.sendall(garbage + b"\n")
+            assert sock.recv(9)
+            endless = client()
+            with contextlib.suppress(OSError):
+                endless.sendall(b"x" * (1 << 20))
+                assert endless.recv(9) == b""
+            deaf = client()  # takes no answers, so no more is asked of it
+            deaf.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    deaf.send(b"help\n" * 1000)
+            status, out, err = self.call(path, "tcp_conid_state", "x")
+            assert (status, out) == (1, "-1 NOT_FOUND\n")
+            assert "whole number" in err  # also if it is not logged
+            deaf.settimeout(10)
+            assert b"commands:" in deaf.recv(1 << 20)
+        assert self.call(path, "tcp_conid_state", "1")[0] == 0
+        many = [subprocess.Popen(
+            [sys.executable, "tcpops.py", "--call", str(path), "help"],
+            cwd=HERE, stdout=subprocess.DEVNULL) for _ in range(12)]
+        assert [one.wait() for one in many] == [0] * 12
+        assert run.end(signal.SIGINT)[0::2] == (0, "")
+
+    def test_a_client_whose_buffer_is_full(self, world):
+        left, right = socket.socketpair()
+        commands = types.SimpleNamespace(run=lambda line: {"result": line})
+        with left:
+            client = tcpops._ControlClient(types.SimpleNamespace(
+                ops=world.ops, commands=commands), right)
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    right.send(bytes(65536))
+            left.sendall(b"hello\n")
+            client._ready(selectors.EVENT_READ)
+            assert client._events == selectors.EVENT_WRITE
+            while not left.recv(1 << 20).endswith(b'{"result": "hello"}\n'):
+                world.settle()
+        world.settle()
+        assert right.fileno() < 0
+
+    def test_out_of_descriptors(self, cli, tmp_path):
+        """A client too many is turned away; nothing spins."""
+        path = tmp_path / "control"
+        run = cli("--listen", 0, "--control", path, before=[
+            "sh", "-c", "ulimit -n 20; exec \"$@\"", "sh"])
+        run.port()
+        with contextlib.ExitStack() as stack:
+            socks = [stack.enter_context(socket.socket(socket.AF_UNIX))
+                     for _ in range(30)]
+            for sock in socks:
+                sock.settimeout(10)
+                sock.connect(str(path))
+            assert socks[-1].recv(9) == b""
+        assert self.call(path, "tcp_conid_state", "1")[0] == 0
+        assert run.end(signal.SIGINT)[0] == 0
+
+    def test_arguments_of_any_bytes(self, cli, tmp_path):
+        path = tmp_path / "control"
+        run = cli("--listen", 0, "--control", path)
+        with socket.create_connection(("127.0.0.1", run.port())) as sock:
+            run.until("tcp:opened")
+            assert self.call(path, "send", "2", b"\xff\xc3\xa9")[0] == 0
+            assert sock.recv(9) == b"\xff\xc3\xa9"
+
+    def test_the_path_is_somebody_else_s_by_now(self, cli, tmp_path):
+        path = tmp_path / "control"
+        first = cli("--listen", 0, "--control", path)
+        first.port()
+        path.unlink()
+        second = cli("--listen", 0, "--control", path)
+        second.port()
+        assert first.end(signal.SIGINT)[0] == 0 and path.exists()
+        path.unlink()
+        status, _, err = second.end(signal.SIGINT)
+        assert (status, err) == (0, "")
+
     def test_what_a_killed_program_left_is_replaced(self, cli, tmp_path):
         path = tmp_path / "control"
         run = cli("--listen", 0, "--control", path)
@@ -4192,15 +5031,20 @@ class TestControl:
             server.bind(str(path))
             server.listen()
 
-            def shut():
-                sock, _ = server.accept()
-                sock.recv(99)
-                sock.close()
-            thread = threading.Thread(target=shut)
+            answers = [b"", b"nonsense\n", b"{}\n", b"5\n"]
+
+            def serve():
+                for answer in answers:
+                    sock, _ = server.accept()
+                    sock.recv(99)
+                    sock.sendall(answer)
+                    sock.close()
+            thread = threading.Thread(target=serve)
             thread.start()
-            status, _, err = self.call(path, "list")
+            for _ in answers:
+                status, _, err = self.call(path, "list")
+                assert status == 1 and "no answer of tcpops" in err
             thread.join()
-        assert status == 1 and err.startswith("tcpops.py: cannot call")
 
 
 # -- the words in README.md and the examples ----------------------------------

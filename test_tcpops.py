@@ -600,7 +600,10 @@ class TestKeepalive:
 
 
 class ScriptedSocket(socket.socket):
-    """A socket whose calls fail as the kernel will not on demand."""
+    """A socket whose calls go as the kernel will not have them on demand.
+
+    A number in the script is raised, a tuple's item returned, None is real.
+    """
 
     script = {}
 
@@ -617,6 +620,8 @@ class ScriptedSocket(socket.socket):
         outcome = self.script.get(name)
         if isinstance(outcome, list):
             outcome = outcome.pop(0) if outcome else None
+        if isinstance(outcome, tuple):
+            return outcome[0]
         if isinstance(outcome, int):
             raise OSError(outcome, os.strerror(outcome))
         return getattr(super(), name)(*args)
@@ -1331,6 +1336,26 @@ class TestSpec_3_3:
         assert [when - start for when in asked] == [
             5, 8, 9, 9.25, 10.25, 10.5, 10.75, 11, 11.25]
         assert timed.end(conid).reason == "keepalive"
+
+    def test_3_3_an_icmp_error_kills_nobody(self, timed, monkeypatch):
+        """SO_ERROR hands out what the kernel only keeps in mind."""
+        left, right = tcp_pair()
+        timed.socks.append(left)
+        sock = ScriptedSocket.of(right)
+        conid = timed.ops.attach(sock)
+        timed.settle()
+        sock.script = {"getsockopt": [(errno.EHOSTUNREACH,)]}
+        assert timed.ops.tcp_conid_state(conid) is State.OK
+        timed.talk(left)
+        # It is the reason, though, if the peer is found to have vanished.
+        assert timed.ops.tcp_keepalive_enable(conid, 1, 1, 1) == 1
+        timed.clock.advance(2)
+        monkeypatch.setattr(tcpops, "tcp_info", lambda sock: tcpops.TcpInfo(
+            1, 2, 9.0))
+        event = timed.end(conid)
+        assert (event.reason, event.errno) == ("keepalive",
+                                               errno.EHOSTUNREACH)
+        assert event.detail == os.strerror(errno.EHOSTUNREACH)
 
     def test_3_3_without_tcp_info_the_kernel_alone_decides(
             self, timed, monkeypatch):

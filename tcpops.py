@@ -1349,10 +1349,10 @@ class Loop(Routes):
                 or sock.family not in (socket.AF_INET, socket.AF_INET6)):
             raise ValueError("attach takes a plain TCP socket,"
                              f" not {reprlib.repr(sock)}")
+        peer, local = sock.getpeername(), sock.getsockname()
         key = self._selector.get_map().get(sock.fileno())
         if key is not None and key.data.sock is sock:
             raise ValueError(f"{sock!r} is attached already")
-        peer, local = sock.getpeername(), sock.getsockname()
         layer = self._layer(framing, client=False)
         sock.setblocking(False)
         conn = self._begin(sock, Phase.OPENING, "attach", framing, layer,
@@ -1722,15 +1722,20 @@ class Loop(Routes):
         self._arm(conn)
         self._queue_event(conn, "tcp:opened", (None, None, ""))
         early, conn.early = conn.early, ()
-        for payload in early:
-            self._write(conn, payload if conn.layer is None
-                        else conn.layer.encode(payload))
+        try:
+            for payload in early:
+                self._write(conn, payload if conn.layer is None
+                            else conn.layer.encode(payload))
+        except Exception as error:
+            self._framing_failed(conn, error)
         if conn.forgotten:
             self._finish(conn, conn.cause)
 
     def _finish(self, conn, cause):
         """End a connection as soon as what is queued has been sent."""
         conn.cause = conn.cause or cause
+        if conn.phase is Phase.CLOSING:
+            return
         if conn.early and cause.state is State.NOT_FOUND:
             conn.forgotten = True  # _open comes back to it
         elif conn.phase in (Phase.OPENING, Phase.OPEN) and conn.out:
@@ -1922,6 +1927,7 @@ class Loop(Routes):
                 payload = conn.layer.finish()
             except Exception as error:
                 self._framing_failed(conn, error)
+                return
         if payload is not None:
             self._message(conn, payload)
         self._finish(conn, Cause("eof", None, "FIN from the peer"))

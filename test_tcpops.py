@@ -2629,6 +2629,37 @@ class TestFramings:
         assert event.reason == "protocol"
         assert event.detail == "no greeting, 4 bytes unsent"
 
+    def test_what_is_sent_early_and_cannot_be_encoded(self, world, logged):
+        class Picky(Netstring):
+            def encode(self, payload):
+                raise ZeroDivisionError("not this")
+        server = world.server()
+        conid = world.ops.connect(*server.getsockname(), framing=Picky)
+        assert world.ops.send(conid, b"x") is Result.SUCCESS
+        event = world.end(conid)
+        assert event.reason == "protocol" and "not this" in event.detail
+        assert len(logged) == 1
+
+    def test_a_last_line_whose_handler_replies_and_closes(self, make_world):
+        """The reply is sent, however long it is."""
+        world = make_world(framing="line", max_write_buffer=10 << 20)
+        sock, conid = world.client()
+
+        def on_message(msg):
+            msg.reply(bytes(5 << 20))
+            world.ops.tcp_close_connection()
+        world.on_message = on_message
+        sock.sendall(b"last")
+        sock.shutdown(socket.SHUT_WR)
+        got = 0
+        while not world.ends():
+            world.ops.step(0)
+            if world.messages:
+                got += len(sock.recv(1 << 20))
+        got += sum(map(len, iter(lambda: sock.recv(1 << 20), b"")))
+        assert got == (5 << 20) + 1
+        assert world.end(conid).reason == "closed"
+
     def test_closed_by_the_opened_handler(self, make_world):
         """No message after that, though it came in the same segment."""
         world = make_world(framing=Greeting)
@@ -3215,6 +3246,8 @@ class TestListenAndConnect:
                     world.ops.attach(wrong)
         with socket.socket() as sock, pytest.raises(OSError):
             world.ops.attach(sock)
+        with pytest.raises(OSError):
+            world.ops.attach(sock)  # closed by now
         assert world.ops.stats()["opened"] == 0
 
     def test_attach(self, world):
@@ -3658,6 +3691,26 @@ class TestLoop:
         assert sum(got) == total and idle.recv(9) == b""
         assert {e.reason for e in world.ends()} == {"shutdown"}
         assert len(world.ends()) == 2 and not world.ops.listeners()
+
+    @pytest.mark.parametrize("before", ["closing", "half-closed"])
+    def test_drain_waits_for_what_is_closing(self, make_world, before):
+        world = make_world(max_write_buffer=10 << 20)
+        sock, conid = world.client()
+        assert world.ops.send(conid, bytes(5 << 20))
+        if before == "closing":
+            world.ops.tcp_close_connection(conid)
+        else:
+            sock.shutdown(socket.SHUT_WR)
+            world.settle()
+        got = []
+        reader = threading.Thread(target=lambda: got.extend(
+            map(len, iter(lambda: sock.recv(1 << 20), b""))))
+        reader.start()
+        world.ops.drain(5)
+        reader.join()
+        assert sum(got) == 5 << 20
+        assert world.ends()[0].reason == (
+            "closed" if before == "closing" else "eof")
 
     def test_drain_ends_in_time_whatever_happens(self, world):
         sock, conid = world.client()

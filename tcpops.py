@@ -1757,6 +1757,7 @@ class Loop(Routes):
             return
         self._enter(conn, Phase.DOOMED)
         conn.out = None
+        self._deadlines.disarm(conn)
         self._watch(conn, 0)
         self._doomed.append(conn)
         self._postpone(conn)
@@ -2239,7 +2240,7 @@ class Loop(Routes):
             if conn.due() <= now:
                 self._come_due(conn, now)
                 handled += 1
-            if conn.phase is not Phase.ENDED:
+            if conn.phase not in (Phase.DOOMED, Phase.ENDED):
                 self._deadlines.arm(conn, conn.due())
         return handled
 

@@ -2708,6 +2708,19 @@ class TestFramings:
         world.end(conid)
         assert [int(m.data) for m in world.messages] == list(range(1000))
 
+    def test_a_deadline_of_a_dead_socket(self, make_world, clock):
+        """It ends in shares, whatever time it is, and as what it is."""
+        world = make_world(framing="line", clock=clock, send_timeout=5)
+        sock, conid = world.client()
+        sock.sendall(b"\n" * 2000)
+        world.ops.step(0)
+        world.fill(conid)
+        rst(sock)
+        assert world.ops.tcp_conid_state(conid) is State.ERROR
+        clock.advance(3600)
+        assert world.end(conid).reason == "reset"
+        assert len(world.messages) == 2000
+
     def test_a_framing_that_speaks_on_a_dead_socket(self, make_world):
         class Acknowledging(Netstring):
             def next_message(self):
@@ -3042,9 +3055,13 @@ class TestSending:
 
 class TestListenAndConnect:
     def test_ipv6_and_ipv4_side_by_side(self, world):
-        six = world.ops.listen("::", 0)
-        info = world.ops.connection(six)
-        four = world.ops.listen("", info.Rp)
+        for _ in range(50):
+            six = world.ops.listen("::", 0)
+            info = world.ops.connection(six)
+            with contextlib.suppress(OSError):  # it may be in use over IPv4
+                four = world.ops.listen("", info.Rp)
+                break
+            world.ops.tcp_close_connection(six)
         assert world.ops.connection(four).Ri == "0.0.0.0"
         for host in ("127.0.0.1", "::1"):
             world.settle()
@@ -4376,6 +4393,301 @@ class TestVanished:
         event = world.end(conid)
         assert (event.name, event.reason, event.errno) == (
             TIMEOUT, "connect", errno.EHOSTUNREACH)
+
+
+# -- at scale, and at random ----------------------------------------------------
+
+
+SEEDS = [int(seed) for seed in os.environ.get("SEEDS", "1 2 3").split()]
+
+
+class Chaos:
+    """Peers and a host program that do what a seed says, for many turns.
+
+    What must hold is checked as it goes: each conid that was handed out ends
+    in one event, after it no message, and what tcp_conid_state says of it
+    fits.  A longer run: SEEDS="$(seq 4 50)" pytest -k chaos
+    """
+
+    def __init__(self, seed, framing):
+        self.random = random.Random(seed)
+        self.world = World(framing=framing, max_write_buffer=50000)
+        self.ops = self.world.ops
+        self.clock = FakeClock()
+        self.ops._clock = self.clock
+        self.framing = framing
+        self.peers = []    # their sockets
+        self.conids = set()
+        self.ended = {}    # conid: its event
+        self.world.on_event = self.on_event
+        self.world.on_message = self.on_message
+        self.server = socket.create_server(("127.0.0.1", 0), backlog=4096)
+        self.server.setblocking(False)
+
+    def on_event(self, event):
+        assert event.conid not in self.ended, "told twice, or after the end"
+        if event.reason is None:
+            self.conids.add(event.conid)
+        else:
+            self.ended[event.conid] = event
+            state = self.ops.tcp_conid_state()
+            assert not state and state == self.ops.tcp_conid_state(event.conid)
+        self.misbehave()
+
+    def on_message(self, msg):
+        assert msg.conid not in self.ended, "a message after the end"
+        assert self.ops.conid == msg.conid
+        self.misbehave(msg.conid)
+
+    def misbehave(self, conid=None):
+        """What handlers may do: all of it."""
+        what = self.random.random()
+        if what < 0.02:
+            raise ZeroDivisionError("a handler raises")
+        if what < 0.03:
+            raise KeyboardInterrupt
+        if what < 0.06:
+            self.close_one()
+        elif what < 0.08:
+            self.connect_out()
+        elif what < 0.4 and conid:
+            self.ops.send(conid, bytes(self.random.choice([1, 100, 70000])))
+
+    def a_conid(self):
+        """Any conid, ended ones and unknown ones too."""
+        return self.random.randint(1, max(self.conids, default=1) + 2)
+
+    def close_one(self):
+        conid = self.a_conid()
+        if conid != self.world.listener:
+            if self.ops.tcp_close_connection(conid):
+                assert self.ops.tcp_conid_state(conid) is State.NOT_FOUND
+                assert self.ops.send(conid, b"x") is Result.FAILURE
+
+    def connect_out(self):
+        address = self.random.choice(
+            [self.server.getsockname(), ("127.0.0.1", 1)])
+        conid = self.ops.connect(*address, framing=self.framing)
+        assert conid not in self.conids
+        self.conids.add(conid)
+        if self.random.random() < 0.5:
+            self.ops.send(conid, b"early")
+
+    def connect_in(self):
+        with contextlib.suppress(OSError):
+            sock = socket.create_connection(("127.0.0.1", self.world.port))
+            sock.setblocking(False)
+            self.peers.append(sock)
+
+    def a_peer(self):
+        return self.random.choice(self.peers) if self.peers else None
+
+    def peer_acts(self):
+        sock = self.a_peer()
+        if sock is None or sock.fileno() < 0:
+            return
+        what = self.random.randrange(8)
+        with contextlib.suppress(OSError):
+            if what < 3:
+                sock.send(b"text\n" * self.random.choice([1, 1, 7, 400]))
+            elif what == 3:
+                sock.send(b"partial")
+            elif what == 4:
+                sock.recv(1 << 20)
+            elif what == 5:
+                sock.shutdown(socket.SHUT_WR)
+            else:
+                (sock.close if what == 6 else lambda: rst(sock))()
+
+    def host_acts(self):
+        conid = self.a_conid()
+        ops = self.ops
+        what = self.random.randrange(9)
+        if what < 3:
+            state = ops.tcp_conid_state(conid)
+            assert bool(ops.tcp_conid_alive(conid)) <= bool(state)
+            if conid in self.ended:
+                assert state is State.NOT_FOUND
+        elif what == 3:
+            ops.tcp_set_connection_lifetime(
+                conid, self.random.choice([0, 1, 5, 100]))
+        elif what == 4:
+            ops.tcp_keepalive_enable(conid, *self.random.choice(
+                [(1, 1, 1), (60, 5, 5), (0, 0, 0)]))
+        elif what == 5:
+            ops.send(conid, bytes(self.random.choice([0, 1, 300000])))
+        elif what == 6:
+            self.close_one()
+        elif what == 7:
+            ops.connection(conid), ops.stats(), ops.next_deadline()
+        else:
+            self.clock.advance(self.random.choice([0, 0.1, 1, 6]))
+
+    def turn(self, timeout=0):
+        """One step; Ctrl-C in a handler comes out of it."""
+        with contextlib.suppress(KeyboardInterrupt):
+            self.ops.step(timeout)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                sock, _ = self.server.accept()
+                sock.setblocking(False)
+                self.peers.append(sock)
+
+    def run(self, count):
+        for _ in range(count):
+            what = self.random.randrange(20)
+            if what < 2:
+                self.connect_in()
+            elif what == 2:
+                self.connect_out()
+            elif what < 11:
+                self.peer_acts()
+            elif what < 17:
+                self.host_acts()
+            else:
+                self.turn()
+
+    def finish(self):
+        """End it all in one of two ways; everything is accounted for."""
+        ops = self.ops
+        if self.random.random() < 0.5:
+            with contextlib.suppress(KeyboardInterrupt):
+                ops.drain(0.2)
+        while not ops._closing:
+            with contextlib.suppress(KeyboardInterrupt):
+                ops.close()
+        for sock in [*self.peers, self.server]:
+            sock.close()
+        counts = ops.stats()
+        assert counts["opened"] == sum(counts["ended"].values()) \
+            == len(self.ended)
+        assert set(self.ended) >= self.conids
+        assert not ops._table and not len(ops._deadlines)
+        assert not ops._table._by_peer and not ops._live
+
+
+class TestScale:
+    @pytest.mark.parametrize("framing", ["raw", "line"])
+    @pytest.mark.parametrize("seed", SEEDS)
+    def test_chaos(self, seed, framing):
+        """Random programs against what must hold; the seed reproduces it."""
+        gc.collect()
+        before = len(os.listdir("/proc/self/fd"))
+        logging.disable()
+        try:
+            chaos = Chaos(seed, framing)
+            chaos.run(6000)
+            chaos.finish()
+        finally:
+            logging.disable(logging.NOTSET)
+        assert len(chaos.ended) > 300
+        assert len(os.listdir("/proc/self/fd")) == before
+
+    def test_20000_connections_killed_in_ten_ways(self):
+        """In batches of hundreds; none missing, none double."""
+        gc.collect()
+        before = len(os.listdir("/proc/self/fd"))
+        choose = random.Random(7)
+        world = World(max_connections=2000)
+        ops = world.ops
+        told, opened, expected = {}, {}, {}
+
+        def on_event(event):
+            if event.reason is None:
+                opened[event.sp] = event.conid
+                return
+            assert event.conid not in told
+            told[event.conid] = event.reason
+            if choose.random() < 0.01:
+                ops.tcp_close_connection(event.conid + 1)
+                raise ZeroDivisionError("a handler raises")
+        logging.disable()
+        world.on_event = on_event
+        world.on_message = lambda msg: msg.reply(b"y")
+        ways = {
+            "fin": ({"eof"}, lambda sock, conid: sock.close()),
+            "half": ({"eof"}, lambda sock, conid: sock.shutdown(1)),
+            "rst": ({"reset"}, lambda sock, conid: rst(sock)),
+            "data, fin": ({"eof", "reset"}, lambda sock, conid: (
+                sock.send(b"x"), sock.close())),
+            "data, rst": ({"reset"}, lambda sock, conid: (
+                sock.send(b"x"), rst(sock))),
+            "probed rst": ({"reset"}, lambda sock, conid: (
+                rst(sock), ops.tcp_conid_state(conid))),
+            "probed fin": ({"eof"}, lambda sock, conid: (
+                sock.close(), ops.tcp_conid_state(conid))),
+            "sent, rst": ({"reset"}, lambda sock, conid: (
+                rst(sock), ops.send(conid, b"x"))),
+            "lifetime": ({"lifetime"}, lambda sock, conid:
+                         ops.tcp_set_connection_lifetime(conid, 0)),
+            "closed": ({"closed"}, lambda sock, conid:
+                       ops.tcp_close_connection(conid)),
+        }
+        for batch in range(20):
+            socks = []
+            for n in range(1000):
+                sock = socket.socket()
+                sock.bind((f"127.0.{batch + 1}.1", 0))
+                sock.connect(("127.0.0.1", world.port))
+                socks.append(sock)
+                if n % 200 == 0:
+                    ops.step(0)
+            world.until(lambda: len(ops.connections()) == 1000)
+            choose.shuffle(socks)
+            for sock in socks:
+                reasons, kill = ways[choose.choice(list(ways))]
+                conid = opened[sock.getsockname()[1]]
+                expected[conid] = reasons
+                kill(sock, conid)
+            opened.clear()
+            world.until(lambda: not ops._live)
+            world.settle()
+            for sock in socks:
+                sock.close()
+            world.events.clear()
+            world.messages.clear()
+        logging.disable(logging.NOTSET)
+        assert len(told) == len(expected) == ops.stats()["opened"] == 20000
+        wrong = [(conid, told[conid], reasons)
+                 for conid, reasons in expected.items()
+                 # A neighbour's handler may have closed it first.
+                 if told[conid] not in reasons | {"closed"}]
+        assert not wrong
+        assert sum(reason == "closed" for reason in told.values()) < 3000
+        world.ops.close()
+        del world.ops, world
+        assert len(os.listdir("/proc/self/fd")) == before
+
+    @pytest.mark.parametrize("seed", SEEDS)
+    def test_framings_and_random_bytes(self, seed):
+        """The same messages at every split; limits hold; nothing raises."""
+        choose = random.Random(seed)
+        for _ in range(300):
+            text = bytes(choose.choice(b"ab\r\n\x00\xff")
+                         for _ in range(choose.randrange(60)))
+            whole = tcpops.LineFraming(1000, False)
+            wanted = feed(whole, text) + [whole.finish()]
+            for _ in range(5):
+                cuts = sorted(choose.choices(range(len(text) + 1), k=4))
+                parts = [text[a:b] for a, b in
+                         zip([0, *cuts], [*cuts, len(text)])]
+                split = tcpops.LineFraming(1000, False)
+                assert feed(split, *parts) + [split.finish()] == wanted
+            limit = choose.randrange(1, 9)
+            outcomes = set()
+            for chunks in ([text], [bytes([b]) for b in text]):
+                got, failed = [], False
+                short = tcpops.LineFraming(limit, False)
+                try:
+                    for chunk in chunks:
+                        short.receive(chunk)
+                        while (line := short.next_message()) is not None:
+                            got.append(line)
+                except tcpops.ProtocolError:
+                    failed = True
+                assert all(len(line) <= limit for line in got)
+                outcomes.add((tuple(got), failed))
+            assert len(outcomes) == 1
 
 
 # -- section 13 of the file: the command line ---------------------------------

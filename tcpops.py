@@ -805,7 +805,8 @@ class Connection:
         "soft_error",                      # an ICMP error that a probe met
         "wake",                            # see Deadlines
         "candidates",                      # addresses that connect() may try
-        "early",                           # payloads sent before it is open
+        "early", "early_bytes",            # payloads sent before it is open
+        "opened",                          # it has been usable
     )
 
     def __init__(self, conid, origin, framing, lifetime, now):
@@ -835,6 +836,8 @@ class Connection:
         self.soft_error = None
         self.wake = NEVER
         self.candidates = self.early = ()
+        self.early_bytes = 0
+        self.opened = False
 
     def bind(self, sock, peer, local):
         """Give it a socket.  The bound methods save a look-up per message."""
@@ -1126,6 +1129,17 @@ if hasattr(os, "register_at_fork"):  # pragma: no branch (Windows)
     os.register_at_fork(after_in_child=_abandon_loops)
 
 
+def _take(queue):
+    """Take out what a queue holds now, not what is added meanwhile.
+
+    A handler that makes new work for itself does not keep the others waiting.
+    """
+    for _ in range(len(queue)):
+        if not queue:
+            return  # pragma: no cover (in a child, after fork(), tested too)
+        yield queue.popleft()
+
+
 def _ignore(_conn, _mask):
     """What a dead or ended connection does when it is selected: nothing."""
 
@@ -1212,7 +1226,7 @@ class Loop(Routes):
 
     def dismiss(self, sock):
         """Undo attend."""
-        self._selector.unregister(sock)
+        self._selector.unregister(sock).data.ready = _ignore
 
     # -- for the host program: settings and questions ---------------------
 
@@ -1538,27 +1552,24 @@ class Loop(Routes):
             if self._events_due:
                 self._tell()
         # Messages that were left when their connection's share was used up.
-        # Each phase takes what it finds, not what it adds: a handler that
-        # makes new work for itself does not keep the others waiting.
-        for _ in range(len(self._waiting)):
-            conn = self._waiting.popleft()
+        for conn in _take(self._waiting):
             conn.waiting = False
             self._deliver(conn)
             self._rewatch(conn)
             handled += 1
         # Calls from outside.
-        for _ in range(len(self._calls)):
-            self._run_call(*self._calls.popleft())
+        for call in _take(self._calls):
+            self._run_call(*call)
             handled += 1
         # Deadlines.
         handled += self._expire()
-        # Dead sockets.  The connection leaves the queue last: a Ctrl-C in a
-        # handler must not make it immortal.
-        for _ in range(len(self._doomed)):
-            self._bury(self._doomed[0])
-            self._doomed.rotate(-1)
-            if self._doomed[-1].phase is Phase.ENDED:
-                self._doomed.pop()
+        # Dead sockets.
+        for conn in _take(self._doomed):
+            try:
+                self._bury(conn)
+            finally:  # Ctrl-C in a handler must not make it immortal
+                if conn.phase is Phase.DOOMED:
+                    self._doomed.append(conn)
             handled += 1
         # Events.
         return handled + self._tell()
@@ -1610,9 +1621,14 @@ class Loop(Routes):
         Not to close would keep the parent's peers from ever seeing its FIN.
         """
         self._closing = True
+        with contextlib.suppress(ValueError):  # not in the main thread
+            wakeup = signal.set_wakeup_fd(-1)
+            if wakeup not in (-1, self._waker.fileno()):
+                signal.set_wakeup_fd(wakeup)  # somebody else's
         for conn in self._table:
             self._enter(conn, Phase.ENDED)
-            conn.sock.close()
+            with contextlib.suppress(OSError):
+                conn.sock.close()
         self._table, self._deadlines = Table(), Deadlines()
         for work in (self._waiting, self._doomed, self._events_due,
                      self._calls):
@@ -1652,9 +1668,9 @@ class Loop(Routes):
 
     def _tell(self):
         """Call the routes of the events that are due; return how many."""
-        count = len(self._events_due)
-        for _ in range(count):
-            conn, event = self._events_due.popleft()
+        count = 0
+        for conn, event in _take(self._events_due):
+            count += 1
             self._event = event
             try:
                 self._call(conn, self.event_handler, event)
@@ -1716,12 +1732,16 @@ class Loop(Routes):
         """A connection has become usable."""
         log.debug("conid %d is open, %s", conn.conid,
                   _format_address(conn.peer))
+        conn.opened = True
+        if not conn.forgotten:
+            self._queue_event(conn, "tcp:opened", (None, None, ""))
+        if conn.phase is Phase.DOOMED:
+            return  # its socket has died in the handshake
         self._enter(conn, Phase.OPEN)
         conn.work_due = NEVER
         conn.active = self._clock()
         self._arm(conn)
-        self._queue_event(conn, "tcp:opened", (None, None, ""))
-        early, conn.early = conn.early, ()
+        early, conn.early, conn.early_bytes = conn.early, (), 0
         try:
             for payload in early:
                 self._write(conn, payload if conn.layer is None
@@ -1794,7 +1814,7 @@ class Loop(Routes):
             # As the kernel would have said, had no probe asked before.
             conn.cause = conn.cause._replace(
                 errno=conn.soft_error, detail=os.strerror(conn.soft_error))
-        unsent = len(conn.out or ()) + sum(map(len, conn.early))
+        unsent = len(conn.out or ()) + conn.early_bytes
         if unsent and conn.cause.reason != "send":
             conn.cause = conn.cause._replace(
                 detail=f"{conn.cause.detail}, {unsent} bytes unsent")
@@ -1865,10 +1885,11 @@ class Loop(Routes):
             # must not close the number once more, for it is ours now.
             stale = self._selector.get_key(number).data
             self._selector.unregister(number)
-            stale.events = 0
             if stale.sock.fileno() == number:
                 stale.sock.detach()
-            self._doom(stale, Cause.of_errno(errno.EBADF))
+            if isinstance(stale, Connection):  # else: see attend
+                stale.events = 0
+                self._doom(stale, Cause.of_errno(errno.EBADF))
         self._selector.register(conn.sock, conn.events, conn)
 
     def _rewatch(self, conn):
@@ -1923,7 +1944,7 @@ class Loop(Routes):
     def _end_of_stream(self, conn):
         """The peer has sent FIN: all before it has been delivered."""
         payload = None
-        if conn.layer is not None:
+        if conn.layer is not None and conn.opened:
             try:
                 payload = conn.layer.finish()
             except Exception as error:
@@ -1952,7 +1973,7 @@ class Loop(Routes):
                     break
                 payload = layer.next_message()
                 self._speak(conn)
-                if conn.phase is Phase.OPENING and layer.opened:
+                if layer.opened and not conn.opened:
                     self._open(conn)
                     self._tell()
                     if conn.phase not in _RECEIVING:
@@ -2013,10 +2034,11 @@ class Loop(Routes):
             return Result.FAILURE
         if conn.phase is not Phase.OPEN:
             # A framing's handshake goes first.
-            if sum(map(len, conn.early)) >= self._max_write_buffer:
+            if conn.early_bytes >= self._max_write_buffer:
                 return Result.FAILURE
             conn.early = conn.early or []
             conn.early.append(payload)
+            conn.early_bytes += len(payload)
             return Result.SUCCESS
         if conn.layer is not None:
             payload = conn.layer.encode(payload)
@@ -2286,7 +2308,7 @@ class Loop(Routes):
             self._expired(conn, "keepalive",
                           f"silent for {info.silence:.1f} s", errno.ETIMEDOUT)
         elif info.silence < keepalive.limit:
-            conn.suspected = NEVER
+            conn.suspected, conn.soft_error = NEVER, None
             conn.keepalive_due = now + keepalive.limit - info.silence
         else:
             # One transmission is unanswered: the next is not far.
@@ -2689,7 +2711,8 @@ class _Display:
         self.failure = None  # why nothing can be written any more
         self._stop = stop    # called then
 
-    def _write(self, text):
+    def write(self, text):
+        """Write, as long as somebody takes it."""
         if self.failure or sys.stdout is None:  # None: started without one
             return
         try:
@@ -2708,9 +2731,9 @@ class _Display:
             line = json.dumps({"time": round(time.time(), 3), **fields})
         if self.prompt:
             # Over the prompt and what is being typed; a new one below.
-            self._write(f"\r\x1b[K{line}\n{self.prompt}")
+            self.write(f"\r\x1b[K{line}\n{self.prompt}")
         else:
-            self._write(line + "\n")
+            self.write(line + "\n")
 
     @staticmethod
     def _clock():
@@ -2720,7 +2743,7 @@ class _Display:
 
     def ask(self):
         """Write the prompt."""
-        self._write(self.prompt)
+        self.write(self.prompt)
 
     def started(self, what, info, console):
         """A listener was made, or a connect() begun."""
@@ -3001,8 +3024,9 @@ def _call_control(words, as_json):
         raise _Failure(f"cannot call {path}: no answer of tcpops") from None
     if "error" in answer:
         print(answer["error"], file=sys.stderr)
-    print(text)
-    return 0 if answer["result"] > 0 else 1
+    display = _Display(as_json, bool)
+    display.write(text + "\n")
+    return 0 if answer["result"] > 0 and not display.failure else 1
 
 
 class _ControlClient:
@@ -3217,6 +3241,10 @@ class _Program:
     @contextlib.contextmanager
     def _signals(self):
         """Have signals stop the loop, a second one at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield  # Python takes signals in that one only
+            return
+
         def handle(_number, _frame):
             if self._ops.stopped:
                 raise KeyboardInterrupt

@@ -2660,6 +2660,40 @@ class TestFramings:
         assert got == (5 << 20) + 1
         assert world.end(conid).reason == "closed"
 
+    def test_a_socket_that_dies_in_the_handshake(self, make_world):
+        """tcp:opened comes before the message, also on a dead socket."""
+        world = make_world(framing=Greeting)
+        order = []
+        world.on_event = lambda event: order.append(event.name)
+        world.on_message = lambda msg: order.append(msg.data)
+        sock = socket.create_connection(("127.0.0.1", world.port), 5)
+        world.until(world.ops.connections)
+        conid = world.ops.connections()[0].conid
+        sock.sendall(b"hi;1:m,")
+        rst(sock)
+        assert world.ops.tcp_conid_state(conid) is State.ERROR
+        world.end(conid)
+        assert order == ["tcp:opened", b"m", "tcp:reset"]
+
+    def test_a_fin_in_the_handshake_makes_no_message(self, make_world):
+        class Shy(tcpops.LineFraming):
+            opened = False
+        world = make_world(framing=Shy)
+        sock = socket.create_connection(("127.0.0.1", world.port), 5)
+        world.socks.append(sock)
+        sock.sendall(b"abc")
+        sock.shutdown(socket.SHUT_WR)
+        world.until(world.ends)
+        assert not world.messages and len(world.events) == 1
+
+    def test_many_early_payloads(self, world):
+        with full_backlog() as address:
+            conid = world.ops.connect(*address)
+            start = time.process_time()
+            for _ in range(50000):
+                assert world.ops.send(conid, b"x")
+            assert time.process_time() - start < 5
+
     def test_closed_by_the_opened_handler(self, make_world):
         """No message after that, though it came in the same segment."""
         world = make_world(framing=Greeting)
@@ -3840,6 +3874,40 @@ class TestLoop:
         assert seen == [(selectors.EVENT_READ, b"x"),
                         (selectors.EVENT_READ, b"raise")]
 
+    def test_a_host_s_socket_dismissed_in_the_same_batch(self, world):
+        pairs = [socket.socketpair() for _ in range(2)]
+        called = []
+
+        def ready(n):
+            called.append(n)
+            world.ops.dismiss(pairs[1 - n][1])
+        for n, (left, right) in enumerate(pairs):
+            world.ops.attend(right, selectors.EVENT_READ,
+                             lambda mask, n=n: ready(n))
+            left.send(b"x")
+        world.ops.step(5)
+        assert len(called) == 1
+        world.ops.dismiss(pairs[called[0]][1])
+        for pair in pairs:
+            for sock in pair:
+                sock.close()
+
+    def test_a_host_s_socket_closed_behind_our_back(self, world):
+        """Its number comes back with a connection; that works."""
+        left, right = socket.socketpair()
+        number = right.fileno()
+        world.ops.attend(right, selectors.EVENT_READ, print)
+        right.close()
+        peer, sock = tcp_pair()
+        if sock.fileno() != number:
+            os.dup2(sock.fileno(), number)
+            sock.close()
+            sock = socket.socket(fileno=number)
+        world.ops.attach(sock)
+        world.talk(peer)
+        left.close()
+        peer.close()
+
     def test_a_thousand_wake_ups_are_one(self, world):
         for _ in range(100000):
             world.ops.stop()
@@ -3992,6 +4060,61 @@ class TestLoop:
         world.ops.call_soon(world.ops.stop)
         thread.join(5)
         assert not thread.is_alive()
+
+    @pytest.mark.parametrize("where", ["event", "call", "waiting", "doomed"])
+    def test_fork_wherever_it_may_be(self, make_world, where):
+        """The child's turn goes on with nothing, and ends."""
+        world = make_world(framing="line")
+        sock, conid = world.client()
+        me = os.getpid()
+
+        def fork(*_):
+            world.on_message = world.on_event = None
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)
+                world.child = os.fork()
+        if where == "event":
+            world.client()
+            world.on_event = fork
+            world.ops.tcp_close_connection(conid)
+            world.ops.tcp_close_connection(conid + 1)
+        elif where == "call":
+            world.ops.call_soon(fork)
+            world.ops.call_soon(int)
+        else:
+            sock.sendall(b"\n" * 1000)
+            if where == "waiting":
+                world.ops.step(0)
+                other, _ = world.client()
+                other.sendall(b"\n" * 1000)
+            else:
+                rst(sock)
+                world.ops.tcp_conid_state(conid)
+            world.on_message = fork
+        status = 1
+        try:
+            world.ops.step(5)
+            status = 7
+        finally:
+            if os.getpid() != me:  # pragma: no cover (the child)
+                os._exit(status if signal.set_wakeup_fd(-1) == -1 else 2)
+        assert os.waitstatus_to_exitcode(os.waitpid(world.child, 0)[1]) == 7
+
+    def test_a_child_leaves_somebody_else_s_wakeup_alone(self, world,
+                                                         monkeypatch):
+        left, right = socket.socketpair()
+        left.setblocking(False)
+        right.close()
+        stranger, peer = tcp_pair()
+        with left, peer:
+            world.ops.attach(stranger)
+            os.close(stranger.fileno())  # closed behind its back
+            before = signal.set_wakeup_fd(left.fileno())
+            monkeypatch.setattr(tcpops, "_loops", {world.ops})
+            tcpops._abandon_loops()
+            assert signal.set_wakeup_fd(before) == left.fileno()
+            stranger.detach()
+        world.ops._ended["shutdown"] += 1
 
     def test_the_clock_jumps_an_hour(self, timed):
         socks = [timed.client() for _ in range(20)]
@@ -5132,6 +5255,15 @@ class TestCommandLine:
             timeout=30)
         assert done.returncode == 1 and "Traceback" not in done.stderr
 
+    def test_main_in_another_thread(self, capsys):
+        """A host program may do that; without the signals."""
+        done = []
+        thread = threading.Thread(target=lambda: done.append(tcpops.main(
+            ["--connect", "127.0.0.1:1"])))
+        thread.start()
+        thread.join(10)
+        assert done == [1] and "Connection refused" in capsys.readouterr().out
+
     def test_a_terminal_that_goes_away(self):
         own = ("import fcntl, os, signal, sys, termios; os.setsid();"
                "fcntl.ioctl(0, termios.TIOCSCTTY, 0);"
@@ -5286,6 +5418,11 @@ class TestControl:
                 path, "tcp_set_connection_lifetime", "2", "-1")
             assert (status, out) == (1, "-1\n") and "lifetime must be" in err
             assert self.call(path, "help")[0] == 0
+            with open("/dev/full", "w") as full:
+                done = subprocess.run(
+                    [sys.executable, "tcpops.py", "--call", str(path),
+                     "help"], cwd=HERE, stdout=full, stderr=subprocess.PIPE)
+            assert (done.returncode, done.stderr) == (1, b"")
         assert self.call(path, "quit")[0] == 0
         status, _, err = run.end()
         assert status == 0 and not path.exists()

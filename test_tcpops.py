@@ -4352,15 +4352,17 @@ def run(*command, **how):
 class Hosts:
     """A network namespace with some hosts in it, reached over a veth pair."""
 
-    US = "10.99.77.1"
+    #: A net of our own: two test runs on one machine must not meet.
+    NET = f"10.{100 + os.getpid() % 100}.{os.getpid() // 100 % 250}"
+    US = f"{NET}.1"
     #: Each host and what will come back from it once it is gone.
     FATES = {
-        "10.99.77.3": ("drop", (errno.ETIMEDOUT,)),
-        "10.99.77.4": ("reject with icmp type host-unreachable",
+        f"{NET}.3": ("drop", (errno.ETIMEDOUT,)),
+        f"{NET}.4": ("reject with icmp type host-unreachable",
                        (errno.EHOSTUNREACH,)),
-        "10.99.77.5": ("reject with icmp type net-unreachable",
+        f"{NET}.5": ("reject with icmp type net-unreachable",
                        (errno.ENETUNREACH,)),
-        "10.99.77.6": ("reject with icmp type port-unreachable",
+        f"{NET}.6": ("reject with icmp type port-unreachable",
                        (errno.ECONNREFUSED,)),
     }
 
@@ -4511,8 +4513,9 @@ class TestVanished:
     def test_connect_unreachable(self, hosts, make_world):
         """Nobody has that address: the kernel says so, after 3 s of ARP."""
         world = make_world(connect_timeout=9)
-        conid = world.ops.connect("10.99.77.200", 9)
+        conid = world.ops.connect(f"{hosts.NET}.200", 9)
         assert world.ops.tcp_conid_state(conid) is State.CONNECT
+        world.until(world.ends, 10)
         event = world.end(conid)
         assert (event.name, event.reason, event.errno) == (
             TIMEOUT, "connect", errno.EHOSTUNREACH)

@@ -722,6 +722,7 @@ class LineFraming(Framing):
         self._searched = 0  # a line that drips in is not searched anew
 
     def next_message(self):
+        """Return the next line, or None.  Raises ProtocolError: too long."""
         end = self.buffer.find(b"\n", self._searched)
         length = len(self.buffer) if end < 0 else end
         limit = self.max_message
@@ -736,11 +737,13 @@ class LineFraming(Framing):
         return line[:-1] if line.endswith(b"\r") else line
 
     def finish(self):
+        """Return the last line, which has no LF, or None."""
         line = bytes(self.buffer)
         self.buffer.clear()
         return line or None
 
     def encode(self, payload):
+        """Return payload, with a LF at its end."""
         return payload if payload.endswith(b"\n") else payload + b"\n"
 
 
@@ -1428,7 +1431,9 @@ class Loop(Routes):
         """Make run() return after this turn.
 
         Safe from a signal handler and from any thread.  Called before run(),
-        it makes that return at once.
+        it makes that return at once.  A loop of your own around step() should
+        give it a timeout: only run() is woken by a signal that comes at the
+        very moment at which the wait begins.
         """
         self._stopping = True
         self._wake()

@@ -1083,9 +1083,14 @@ _NOSIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)
 _RECV_SIZE = 65536
 #: recv() calls on a dead socket in one turn.
 _BURY = 16
-#: In one turn: messages of one connection beyond its recv(), accepts of one
-#: listener, deadlines.  So that none of them keeps the others waiting.
-_BATCH = 256
+#: In one turn: messages of one connection that a framing finds in what one
+#: recv() brought.  Few, so that a peer that floods costs the others no time.
+_SHARE = 8
+#: In one turn: accepts of one listener, deadlines.
+_BATCH = 64
+#: recv() calls that empty a socket before it is closed: more than the largest
+#: receive buffer of a default Linux (tcp_rmem, 6 MB).
+_EMPTYING = 128
 #: Seconds of one wait; epoll counts its milliseconds in 31 bits.
 _LONGEST_WAIT = 86400
 #: Seconds after which a listener that met a full table tries again, should
@@ -1857,7 +1862,7 @@ class Loop(Routes):
                 # Unread bytes would turn the FIN into an RST, which destroys
                 # what the peer has not read yet of ours.  Ends with EAGAIN
                 # or FIN, or with a peer that sends faster than we read.
-                any(not conn.recv(_RECV_SIZE) for _ in range(_BATCH))
+                any(not conn.recv(_RECV_SIZE) for _ in range(_EMPTYING))
         with contextlib.suppress(OSError):
             conn.sock.close()
 
@@ -1972,7 +1977,7 @@ class Loop(Routes):
             if data:
                 layer.receive(data)
             while conn.phase in _RECEIVING and not self._over(conn):
-                if count == _BATCH:
+                if count == _SHARE:
                     self._time_message(conn, None)
                     self._postpone(conn)
                     break

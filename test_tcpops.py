@@ -18,11 +18,13 @@ import fractions
 import gc
 import json
 import logging
+import math
 import os
 import pty
 import random
 import re
 import resource
+import select
 import selectors
 import signal
 import socket
@@ -31,6 +33,7 @@ import stat
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import types
@@ -1287,8 +1290,10 @@ class TestSpec_3_3:
 
     @real_time
     def test_3_3_a_living_peer_with_a_shut_window(self, make_world):
-        """It acknowledges the kernel's window probes: it lives."""
-        world = make_world()
+        """It acknowledges the kernel's window probes: it lives, and only what
+        is queued here for too long ends it.
+        """
+        world = make_world(send_timeout=5)
         sock, conid = world.client()
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         assert world.ops.tcp_keepalive_enable(conid, 1, 1, 1) == 1
@@ -1297,6 +1302,9 @@ class TestSpec_3_3:
         while time.monotonic() < start + 4.5:
             world.ops.step(0.5)
         assert not world.ends() and world.ops.tcp_conid_alive(conid)
+        event = world.end(conid)
+        assert (event.name, event.reason) == ("tcp:timeout", "send")
+        assert 5 <= time.monotonic() - start < 6
 
     @real_time
     def test_3_3_a_silent_living_peer(self, world):
@@ -2846,7 +2854,7 @@ class TestMessageTimeout:
         sock.send(b"a")
         slow.settle()
         slow.clock.advance(4)
-        sock.send(b"\n" * tcpops._BATCH + b"b")
+        sock.send(b"\n" * tcpops._SHARE + b"b")
         slow.settle()
         slow.clock.advance(4)
         slow.settle()
@@ -3811,6 +3819,54 @@ class TestLoop:
         ops.run()
         thread.join()
         assert called == list(range(100))
+
+    def test_interrupted_from_everywhere_under_load(self, world):
+        """Threads that call and stop, signals by the thousand, and traffic:
+        every call is made, in its thread's order, every byte comes back.
+        """
+        ops, count = world.ops, 3000
+        called, sent, got = [], bytearray(), bytearray()
+        socks = [world.client()[0] for _ in range(8)]
+        world.on_message = lambda msg: msg.reply(msg.data)
+        signals, runs = [], 0
+
+        def call(name):
+            for n in range(count):
+                ops.call_soon(called.append, (name, n))
+                if n % 50 == 0:
+                    ops.stop()
+
+        def talk():
+            for n in range(count):
+                sock = socks[n % len(socks)]
+                sock.sendall(b"%9d" % n)
+                sent.extend(b"%9d" % n)
+                got.extend(sock.recv(9, socket.MSG_WAITALL))
+        threads = [threading.Thread(target=talk)] + [
+            threading.Thread(target=call, args=(name,)) for name in "abc"]
+        before = signal.signal(signal.SIGALRM,
+                               lambda *_: signals.append(1))
+        signal.setitimer(signal.ITIMER_REAL, 0.0005, 0.0005)
+        try:
+            for thread in threads:
+                thread.start()
+            while any(thread.is_alive() for thread in threads):
+                ops.step(0.01)
+                if runs % 2:
+                    ops.call_soon(ops.stop)
+                    ops.run()
+                runs += 1
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+        for thread in threads:
+            thread.join()
+        world.settle()
+        assert got == sent and len(sent) == 9 * count
+        for name in "abc":
+            assert [n for who, n in called if who == name] == list(
+                range(count))
+        assert len(signals) > 10 and not world.ends()
 
     def test_stop_before_run(self, world):
         world.ops.stop()
@@ -4814,6 +4870,291 @@ class TestScale:
                 assert all(len(line) <= limit for line in got)
                 outcomes.add((tuple(got), failed))
             assert len(outcomes) == 1
+
+
+# -- faults: a server in a process of its own, and what bystanders notice -----
+
+VICTIM = """
+import json, logging, resource, sys, threading
+import tcpops
+settings, framing, limit = json.loads(sys.argv[1])
+if limit:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+logging.basicConfig(level=logging.WARNING)
+ops = tcpops.TcpOps(**settings)
+ends = []
+spare = open("/dev/null")
+
+@ops.request_route
+def on_message(msg):
+    if msg.data.startswith(b"feed me"):
+        while msg.reply(b"x" * 4000):
+            pass
+    elif not msg.data.startswith(b"flood"):
+        msg.reply(msg.data)
+
+@ops.event_route("tcp:closed")
+def on_end(event):
+    ends.append((event.reason, event.age))
+
+def answer(line):
+    print(json.dumps(eval(line)), flush=True)
+
+def read():
+    for line in sys.stdin:
+        ops.call_soon(answer, line)
+    ops.call_soon(ops.stop)
+
+listener = ops.listen("127.0.0.1", 0, framing=framing)
+threading.Thread(target=read, daemon=True).start()
+ops.run()
+"""
+
+HOSTILE = """
+import signal, socket, sys, time
+address = "127.0.0.1", int(sys.argv[1])
+hungry = [socket.create_connection(address) for _ in range(100)]
+for sock in hungry:
+    sock.send(b"feed me" + bytes([10]))
+drips = [socket.create_connection(address) for _ in range(500)]
+flood = socket.create_connection(address)
+flood.setblocking(False)
+lines = (b"flood me" + bytes([10])) * 600
+def burst(*_):
+    global lines
+    lines = b"x" * 60000  # a line without end
+signal.signal(signal.SIGUSR1, burst)
+print("ready", flush=True)
+for turn in range(30000):
+    try:
+        drips[turn % 500].send(b"a")
+    except OSError:
+        pass
+    try:
+        flood.send(lines)
+    except OSError:
+        pass
+    time.sleep(0.002)
+"""
+
+
+class Victim:
+    """A server in a process of its own, on a core of its own."""
+
+    def __init__(self, framing="line", limit=None, **settings):
+        self.log = tempfile.TemporaryFile("w+")
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", VICTIM,
+             json.dumps([settings, framing, limit])], cwd=HERE, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log)
+        self.port = self.ask("ops.connection(listener).Rp")
+        self.socks = []
+
+    def ask(self, expression):
+        """Return the value of an expression there."""
+        self.process.stdin.write(expression + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def until(self, expression, timeout=20):
+        """Ask again and again until the answer is true; return it."""
+        end = time.monotonic() + timeout
+        while time.monotonic() < end:
+            answer = self.ask(expression)
+            if answer:
+                return answer
+            pause(0.01)
+        raise AssertionError(f"never: {expression}")
+
+    def cpu(self):
+        """Return its processor seconds."""
+        return self.ask("sum(__import__('os').times()[:2])")
+
+    def memory(self):
+        """Return its resident bytes."""
+        pages = Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]
+        return int(pages) * resource.getpagesize()
+
+    def clients(self, count):
+        """Return sockets that are connected to it, perhaps not accepted."""
+        new = [socket.create_connection(("127.0.0.1", self.port), 5)
+               for _ in range(count)]
+        self.socks += new
+        return new
+
+    def logged(self):
+        """Return the lines that it has logged."""
+        self.log.seek(0)
+        return self.log.read().splitlines()
+
+    def end(self):
+        for sock in self.socks:
+            sock.close()
+        self.process.stdin.close()
+        try:
+            assert self.process.wait(10) == 0
+        finally:
+            self.process.kill()
+            self.process.wait()
+            self.process.stdout.close()
+            self.log.close()
+
+
+@pytest.fixture
+def make_victim():
+    victims = []
+
+    def make(*args, **settings):
+        victims.append(Victim(*args, **settings))
+        return victims[-1]
+    yield make
+    for victim in victims:
+        victim.end()
+
+
+def pause(seconds):
+    """Let real time pass, where that is what is looked at."""
+    select.select([], [], [], seconds)
+
+
+def latencies(socks, count):
+    """Have each of the clients play ping-pong; return the sorted seconds."""
+    sent, found = {}, []
+    with selectors.DefaultSelector() as selector:
+        for sock in socks:
+            selector.register(sock, selectors.EVENT_READ)
+            sent[sock] = time.perf_counter()
+            sock.send(b"ping\n")
+        while sent:
+            ready = selector.select(5)
+            assert ready, "no answer"
+            for key, _ in ready:
+                sock = key.fileobj
+                assert sock.recv(9) == b"ping\n"
+                now = time.perf_counter()
+                found.append(now - sent.pop(sock))
+                if len(found) + len(sent) < count:
+                    sent[sock] = now
+                    sock.send(b"ping\n")
+    return sorted(found)
+
+
+def p99(socks):
+    """Return the 99th percentile of a short round."""
+    return latencies(socks, 1000)[-10]
+
+
+def notices_nothing(socks, quiet, loud, rounds):
+    """Say whether the 99th percentile stays within 10 % when it is loud.
+
+    Short rounds in alternation, and of each kind the lower quartile: what
+    else the machine does is not what is asked.  Asked up to six times, since
+    on a busy machine that is not enough; a server that lets the loud ones
+    keep the others waiting never passes.
+    """
+    ratios = []
+    while len(ratios) < 6 and not (ratios and ratios[-1] < 1.1):
+        found = {quiet: [], loud: []}
+        for _ in range(rounds):
+            for turn in found:
+                turn()
+                found[turn].append(p99(socks))
+        slow, fast = (sorted(found[turn])[rounds // 4]
+                      for turn in (loud, quiet))
+        ratios.append(slow / fast)
+    print("99th percentile, loud by quiet:", ratios)
+    return ratios[-1] < 1.1
+
+
+class TestFaults:
+    @real_time
+    @pytest.mark.parametrize("limit, most", [(64, 10000), (None, 50)],
+                             ids=["descriptors", "max_connections"])
+    def test_nothing_is_left_to_accept_with(self, make_victim, limit, most):
+        """The others do not notice, nothing spins, and it goes on at once."""
+        victim = make_victim(limit=limit, max_connections=most)
+        good = victim.clients(30)
+        p99(good)
+        crowd = []
+
+        def quiet():
+            while crowd:
+                rst(crowd.pop())
+            victim.until("len(ops.connections()) == 30")
+
+        def loud():
+            refused = victim.ask("ops.stats()['accepts_refused']")
+            crowd.extend(victim.clients(100))
+            victim.until(f"ops.stats()['accepts_refused'] > {refused}")
+        start = time.monotonic()
+        assert notices_nothing(good, quiet, loud, 8)
+        # It sleeps, and comes back ten times a second to look.
+        cpu, refused = victim.cpu(), victim.ask("ops.stats()")[
+            "accepts_refused"]
+        pause(1)
+        assert victim.cpu() - cpu < 0.1
+        assert victim.ask("ops.stats()")["accepts_refused"] - refused < 15
+        # One goes, one comes, in the order in which they knocked.
+        for sock in crowd:
+            sock.send(b"ping\n")
+        waiting = crowd[len(victim.ask("ops.connections()")) - 30:]
+        leaves = [lambda: rst(good.pop()), good.pop().close]
+        if limit:
+            leaves.append(lambda: victim.ask("spare.close()"))
+        for leave, sock in zip(leaves, waiting):
+            left = time.monotonic()
+            leave()
+            sock.settimeout(5)
+            assert sock.recv(9) == b"ping\n"
+            assert time.monotonic() - left < 0.2
+        lines = victim.logged()
+        assert 1 <= len(lines) <= time.monotonic() - start + 1
+        assert all("accepts nothing for now" in line for line in lines)
+
+    @real_time
+    def test_500_drip_100_never_read_one_floods(self, make_victim):
+        """And 100 good ones hardly notice; each bad one ends as it must."""
+        victim = make_victim(message_timeout=12, send_timeout=12,
+                             max_write_buffer=65536)
+        good = victim.clients(100)
+        p99(good)
+        before = victim.memory()
+        with subprocess.Popen([sys.executable, "-c", HOSTILE,
+                               str(victim.port)], text=True,
+                              stdout=subprocess.PIPE) as hostile:
+            try:
+                assert hostile.stdout.readline() == "ready\n"
+                victim.until("len(ops.connections()) == 701")
+                received = "ops.stats()['bytes_in']"
+
+                def quiet():
+                    hostile.send_signal(signal.SIGSTOP)
+                    before, now = None, victim.ask(received)
+                    while before != now:
+                        pause(0.002)
+                        before, now = now, victim.ask(received)
+
+                def loud():
+                    before = victim.ask(received)
+                    hostile.send_signal(signal.SIGCONT)
+                    victim.until(f"{received} > {before} + 10000")
+                assert notices_nothing(good, quiet, loud, 25)
+                # What they may hold, and what a connection itself costs.
+                assert victim.memory() - before < (
+                    100 * 65536 + 601 * 8192)
+                hostile.send_signal(signal.SIGCONT)
+                hostile.send_signal(signal.SIGUSR1)
+                ends = victim.until("len(ends) == 601 and ends")
+            finally:
+                hostile.kill()
+        ages = {}
+        for reason, age in ends:
+            ages.setdefault(reason, []).append(age)
+        assert {reason: len(found) for reason, found in ages.items()} == {
+            "message": 500, "send": 100, "protocol": 1}
+        assert all(12 <= age < 14 for age in ages["send"]), ages["send"]
+        p99(good)
+        assert victim.logged() == []
 
 
 # -- section 13 of the file: the command line ---------------------------------

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""tcpops: every TCP connection has a number; its whole life by that number.
+"""tcpops: every connection has a number; its whole life by that number.
 
 One file of pure standard-library Python, a reference implementation of
-Kamailio's TCP Ops module with an event loop of its own.  Every connection gets
-a number, the conid.  By that number you ask whether the connection still
-lives, turn keepalive on and off, give it an idle lifetime and close it, and
-you are told exactly once when and why it ended:
+Kamailio's TCP Ops module with an event loop of its own.  Every TCP, TLS and
+WebSocket connection gets a number, the conid.  By that number you ask whether
+the connection still lives, turn keepalive on and off, give it an idle lifetime
+and close it, and you are told exactly once when and why it ended:
 
     import tcpops
 
@@ -34,12 +34,15 @@ The file reads from top to bottom; nothing is used above its definition:
     5  Keepalive
     6  Probing a socket
     7  Messages and framings
-    8  A connection
-    9  The table of connections
-   10  Routes
-   11  The loop
-   12  The functions of the specification
-   13  The command line
+    8  SIP over a stream
+    9  WebSocket
+   10  TLS
+   11  A connection
+   12  The table of connections
+   13  Routes
+   14  The loop
+   15  The functions of the specification
+   16  The command line
 
 What the specification's functions return; negative is false, as in the
 script language, so "if not ops.tcp_conid_alive(conid)" means what it says:
@@ -50,8 +53,9 @@ script language, so "if not ops.tcp_conid_alive(conid)" means what it says:
 
 "Spec" in a docstring names the section of the TCP Ops module's documentation.
 
-Not here: TLS, WebSocket, SIP parsing, UDP, name lookups without blocking,
-use of one TcpOps from several threads (only stop and call_soon may be).
+Not here: a SIP stack (transactions, dialogs), WebSocket extensions, UDP, name
+lookups without blocking, use of one TcpOps from several threads (only stop and
+call_soon may be).
 
 Copyright (c) 2026, the tcpops authors.  BSD-2-Clause, see LICENSE.
 """
@@ -61,6 +65,8 @@ Copyright (c) 2026, the tcpops authors.  BSD-2-Clause, see LICENSE.
 # ---------------------------------------------------------------------------
 
 import argparse
+import binascii
+import codecs
 import collections
 import contextlib
 import enum
@@ -94,10 +100,13 @@ __all__ = [
     "parse_address",                                              # section 3
     "Keepalive",                                                  # section 5
     "probe",                                                      # section 6
-    "Message", "Framing", "LineFraming", "ProtocolError",         # section 7
-    "ConnectionInfo",                                             # section 8
-    "TcpOps",                                                     # section 12
-    "main",                                                       # section 13
+    "Message", "TextMessage", "ProtocolError", "SKIPPED",         # section 7
+    "Framing", "RawFraming", "LineFraming",
+    "SipMessage", "SipFraming",                                   # section 8
+    "WebSocketFraming",                                           # section 9
+    "ConnectionInfo",                                             # section 11
+    "TcpOps",                                                     # section 15
+    "main",                                                       # section 16
 ]
 
 log = logging.getLogger("tcpops")
@@ -152,7 +161,7 @@ EVENT_NAMES = ("tcp:closed", "tcp:reset", "tcp:timeout", "tcp:opened")
 REASONS = {
     "eof": "tcp:closed",         # FIN from the peer
     "closed": "tcp:closed",      # tcp_close_connection
-    "protocol": "tcp:closed",    # a message cannot be parsed, or is too long
+    "protocol": "tcp:closed",    # what came cannot be parsed, or is too long
     "error": "tcp:closed",       # any other error of the socket
     "shutdown": "tcp:closed",    # the loop was closed or drained
     "reset": "tcp:reset",        # RST from the peer, or connect refused
@@ -221,7 +230,7 @@ class Event(NamedTuple):
     reason: Optional[str]   #: one of REASONS; None for tcp:opened
     errno: Optional[int]    #: the number behind the reason, or None
     detail: str             #: a few words for a person
-    proto: str              #: "tcp"
+    proto: str              #: "tcp", "tls", "ws" or "wss"
     si: str
     sp: int
     Ri: str
@@ -236,7 +245,7 @@ class Event(NamedTuple):
 # Two languages meet in this file.  Listening, connecting and settings speak
 # Python: a wrong value raises.  The functions of the specification speak the
 # script language: a wrong value is one log line and -1.  Both check with what
-# stands here, which always raises ValueError; section 12 is the only place
+# stands here, which always raises ValueError; section 15 is the only place
 # that turns it into a return code.
 # ---------------------------------------------------------------------------
 
@@ -281,9 +290,12 @@ def _arguments(names, given, named):
 
 
 def _payload(payload):
-    """Return a payload as bytes, or raise TypeError."""
+    """Return a payload as bytes or, text, as str; or raise TypeError."""
+    if isinstance(payload, str):
+        return str(payload)
     if not isinstance(payload, (bytes, bytearray, memoryview)):
-        raise TypeError(f"payload must be bytes, not {type(payload).__name__}")
+        raise TypeError("payload must be bytes or str, not"
+                        f" {type(payload).__name__}")
     return bytes(payload)
 
 
@@ -623,6 +635,9 @@ class Message:
 
     __slots__ = ("_loop", "_conn", "data")
 
+    #: The string of a text message (of a WebSocket), None for bytes.
+    text = None
+
     def __init__(self, loop, conn, data):
         self._loop = loop
         self._conn = conn
@@ -646,6 +661,11 @@ class Message:
         """
         return self._conn.origin == "connect"
 
+    @property
+    def payload(self):
+        """The text if there is one, else the data: reply(payload) echoes."""
+        return self.data if self.text is None else self.text
+
     def reply(self, payload):
         """Send payload on the connection that the message came from.
 
@@ -654,7 +674,19 @@ class Message:
         return self._loop._send_on(self._conn, payload)
 
     def __repr__(self):
-        return f"<Message conid {self.conid}: {reprlib.repr(self.data)}>"
+        return (f"<{type(self).__name__} conid {self.conid}:"
+                f" {reprlib.repr(self.payload)}>")
+
+
+class TextMessage(Message):
+    """A message of a framing that tells text from bytes."""
+
+    __slots__ = ("text",)
+
+    def __init__(self, loop, conn, payload):
+        self.text = payload if isinstance(payload, str) else None
+        super().__init__(loop, conn, payload if self.text is None
+                         else payload.encode())
 
 
 class ProtocolError(Exception):
@@ -664,26 +696,42 @@ class ProtocolError(Exception):
     """
 
 
+#: What next_message returns when it has taken something that is no message.
+SKIPPED = object()
+
+
 class Framing:
     """The base of a framing, and the way to write one of your own.
 
     Pass the class to listen, connect or attach; each connection gets an
-    instance.  To be filled in: next_message and encode; finish where the end
-    of the stream means something.  A framing that begins with a handshake
-    sets opened to False until it is done (the connection is not usable and
-    tcp:opened not told before), and a framing that has something to say by
-    itself appends it to output.  buffer holds what has been received and not
-    yet returned; partial must be true while a message, begun, is incomplete.
+    instance.  To be filled in: next_message and encode.  buffer holds what
+    has been received and not yet returned; what a framing has to say by
+    itself it appends to output.  A framing with a handshake has more to fill
+    in: opened is False until that is done (the connection is not usable, and
+    tcp:opened not told, before).
     """
 
-    message = Message  #: the class of its messages
+    proto = "tcp"      #: what the proto of its connections is
+    message = Message  #: the class of its messages; read when it is open
     opened = True      #: False while a handshake is under way
+    #: Set to a few words when the peer has ended the stream in the protocol's
+    #: own way: it is as if its FIN had come.
+    closed = None
+    #: True between the parts of a message, if something else may come there:
+    #: SKIPPED then gives that message no new time.
+    amid = False
 
     def __init__(self, max_message, client):
         self.max_message = max_message  #: bytes; refuse what is longer
         self.client = client            #: True on a connection that we opened
         self.buffer = bytearray()
         self.output = bytearray()
+
+    def begin(self, host):
+        """The connection stands; host is the "host:port" given to connect.
+
+        Here a framing says what it says first.
+        """
 
     def receive(self, data):
         """Take what came from the peer."""
@@ -692,12 +740,17 @@ class Framing:
     def next_message(self):
         """Return the next payload, or None: more bytes are needed.
 
-        Raises ProtocolError.
+        SKIPPED: something was taken that is no message, ask again.  A payload
+        is bytes, or str where message is a TextMessage.  Raises
+        ProtocolError.
         """
         raise NotImplementedError
 
     def finish(self):
-        """Return the payload that the peer's FIN completes, or None."""
+        """Return the payload that the peer's FIN completes, or None.
+
+        Raises ProtocolError if it comes where it must not.
+        """
         return None
 
     @property
@@ -706,8 +759,41 @@ class Framing:
         return bool(self.buffer)
 
     def encode(self, payload):
-        """Return the bytes that send a payload."""
+        """Return the bytes that send a payload, which is bytes."""
         raise NotImplementedError
+
+    def encode_text(self, text):
+        """Return the bytes that send a text: those of its UTF-8."""
+        return self.encode(text.encode())
+
+    def farewell(self, reason):
+        """Return what is to be sent before we close, for one of REASONS.
+
+        May be asked more than once, and answers b"" then.
+        """
+        return b""
+
+
+class RawFraming(Framing):
+    """A message is what there is: the "raw" of a connection under TLS.
+
+    Without TLS "raw" needs no framing, what recv() returns is the message.
+    """
+
+    def next_message(self):
+        """Return what has been received, max_message at the most, or None."""
+        data = bytes(self.buffer[:self.max_message])
+        del self.buffer[:len(data)]
+        return data or None
+
+    @property
+    def partial(self):
+        """Nothing is ever incomplete."""
+        return False
+
+    def encode(self, payload):
+        """Return payload as it is."""
+        return payload
 
 
 class LineFraming(Framing):
@@ -746,25 +832,800 @@ class LineFraming(Framing):
         """Return payload, with a LF at its end."""
         return payload if payload.endswith(b"\n") else payload + b"\n"
 
+# ---------------------------------------------------------------------------
+# 8. SIP over a stream
+#
+# Not a SIP stack: where a message ends (RFC 3261, 18.3), and a look at its
+# headers.  The start line is not judged, so that a request which nobody
+# understands does not cost those that follow it on the same connection.
+# ---------------------------------------------------------------------------
+
+_FOLD = re.compile(rb"\r\n[ \t]+")
+
+
+def _parse_head(head):
+    """Return (start line, [(name, value), ...]) of a SIP or HTTP head.
+
+    Folded values are unfolded, names are in lower case, bytes that are no
+    UTF-8 become U+FFFD, and a line without a colon is left out.
+    """
+    lines = _FOLD.sub(b" ", head).decode("utf-8", "replace").split("\r\n")
+    fields = (line.partition(":") for line in lines[1:])
+    return lines[0], [(name.strip().lower(), value.strip())
+                      for name, colon, value in fields if colon]
+
+
+#: The compact names of RFC 3261, 7.3.3 and of those registered since.
+_COMPACT = {
+    "a": "accept-contact", "b": "referred-by", "c": "content-type",
+    "d": "request-disposition", "e": "content-encoding", "f": "from",
+    "i": "call-id", "j": "reject-contact", "k": "supported",
+    "l": "content-length", "m": "contact", "n": "identity-info", "o": "event",
+    "r": "refer-to", "s": "subject", "t": "to", "u": "allow-events",
+    "v": "via", "x": "session-expires", "y": "identity",
+}
+
+
+class SipMessage(TextMessage):
+    """A SIP message; its headers are looked at when they are asked for."""
+
+    __slots__ = ("_head",)
+
+    def _parsed(self):
+        """Return (the start line's three parts, header fields, body)."""
+        try:
+            return self._head
+        except AttributeError:
+            pass
+        head, _, body = self.data.partition(b"\r\n\r\n")
+        start, fields = _parse_head(head)
+        first, _, rest = start.partition(" ")
+        if first.upper().startswith("SIP/"):
+            second, _, third = rest.partition(" ")
+        else:
+            second, _, third = rest.rpartition(" ")
+        self._head = (first, second.strip(), third.strip()), [
+            (_COMPACT.get(name, name), value) for name, value in fields], body
+        return self._head
+
+    @property
+    def is_reply(self):
+        """Whether it is a response: onreply_route, if there is one, gets it.
+        """
+        return self.data[:4].upper() == b"SIP/"
+
+    @property
+    def method(self):
+        """The method of a request; None for a response."""
+        return None if self.is_reply else self._parsed()[0][0]
+
+    @property
+    def uri(self):
+        """The Request-URI of a request; None for a response."""
+        return None if self.is_reply else self._parsed()[0][1]
+
+    @property
+    def status(self):
+        """The status code of a response; None for a request, and for a
+        response whose code is no number.
+        """
+        code = self._parsed()[0][1]
+        return int(code) if self.is_reply and code.isdecimal() else None
+
+    @property
+    def reason(self):
+        """The reason phrase of a response; None for a request."""
+        return self._parsed()[0][2] if self.is_reply else None
+
+    def headers(self, name):
+        """Return the values of all header fields of that name, in order.
+
+        The name in any case, long or compact.  A value is what stands behind
+        the colon, unfolded; lists with commas are not taken apart.
+        """
+        name = name.lower()
+        name = _COMPACT.get(name, name)
+        return [value for field, value in self._parsed()[1] if field == name]
+
+    def header(self, name):
+        """Return the first of headers(name), None if there is none."""
+        return next(iter(self.headers(name)), None)
+
+    @property
+    def body(self):
+        """The bytes behind the headers."""
+        return self._parsed()[2]
+
+
+_LENGTHS = re.compile(
+    rb"\r\n(?:content-length|l)[ \t]*:((?:[^\r\n]|\r\n[ \t])*)",
+    re.IGNORECASE)
+_CRLFS = re.compile(rb"(?:\r\n)+")
+
+
+class SipFraming(Framing):
+    """SIP messages, by their Content-Length (RFC 3261, 18.3).
+
+    CR LF before a message is skipped, two of them are a keepalive that is
+    answered by one (RFC 5626, 3.5.1).  Without a Content-Length, or with
+    several that differ, nobody knows where the next message begins: that
+    ends the connection.
+    """
+
+    message = SipMessage
+
+    def __init__(self, max_message, client):
+        super().__init__(max_message, client)
+        self._half = 0      # CR LFs that wait for their second one
+        self._searched = 0  # a head that drips in is not searched anew
+        self._length = 0    # of the message, once its head has come
+
+    def next_message(self):
+        """Return the next message, or None.  Raises ProtocolError."""
+        buffer = self.buffer
+        if not self._length and not self._find_length():
+            return None
+        if len(buffer) < self._length:
+            return None
+        data = bytes(buffer[:self._length])
+        del buffer[:self._length]
+        self._length = 0
+        return data
+
+    def _find_length(self):
+        """Find out how long the next message is; return whether it is known.
+        """
+        buffer = self.buffer
+        crlfs = _CRLFS.match(buffer)
+        if crlfs:
+            pings, self._half = divmod(self._half + crlfs.end() // 2, 2)
+            self.output += b"\r\n" * pings
+            del buffer[:crlfs.end()]
+            self._searched = 0
+        end = buffer.find(b"\r\n\r\n", self._searched)
+        if end >= 0:
+            self._half = self._searched = 0
+            self._length = end + 4 + self._content_length(
+                bytes(buffer[:end + 2]))
+        else:
+            self._searched = max(0, len(buffer) - 3)
+        if max(self._length, self._searched) > self.max_message:
+            raise ProtocolError(
+                f"a message of over {self.max_message} bytes")
+        return self._length
+
+    @staticmethod
+    def _content_length(head):
+        """Return the number of bytes that follow a head."""
+        values = {_FOLD.sub(b" ", value).strip()
+                  for value in _LENGTHS.findall(head)}
+        if not values:
+            raise ProtocolError("no Content-Length")
+        if any(not re.fullmatch(rb"[0-9]{1,19}", value) for value in values):
+            raise ProtocolError("Content-Length is no number")
+        lengths = {int(value) for value in values}
+        if len(lengths) > 1:
+            raise ProtocolError("several Content-Lengths that differ")
+        return lengths.pop()
+
+    def encode(self, payload):
+        """Return payload, which is a whole SIP message, as it is."""
+        return payload
+
+# ---------------------------------------------------------------------------
+# 9. WebSocket
+#
+# RFC 6455: an HTTP request and its answer, then frames.  A frame's payload is
+# taken as it arrives, so that text that is no UTF-8, and a message that will
+# be too long, are refused at their first wrong byte.  What a client sends is
+# masked, what a server sends is not.  No extensions: every reserved bit is
+# wrong.
+# ---------------------------------------------------------------------------
+
+_CONTINUED, _TEXT, _BINARY = 0x0, 0x1, 0x2
+_CLOSE, _PING, _PONG = 0x8, 0x9, 0xA
+_FINAL = _MASKED = 0x80
+#: Bytes of an HTTP request or answer.
+_LONGEST_HEAD = 16384
+_GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
+_HTTP_REASONS = {400: "Bad Request", 403: "Forbidden",
+                 426: "Upgrade Required"}
+
+
+def _is_close_code(code):
+    """Whether a close frame may carry a code (7.4, and IANA's registry)."""
+    return (1000 <= code <= 1014 and code not in (1004, 1005, 1006)
+            or 3000 <= code <= 4999)
+
+
+def _xor(data, mask):
+    """Mask or unmask bytes: as two long integers, the fastest way there is
+    in pure Python.
+    """
+    count = len(data)
+    repeated = (mask * (count // 4 + 1))[:count]
+    return (int.from_bytes(data, "little")
+            ^ int.from_bytes(repeated, "little")).to_bytes(count, "little")
+
+
+def _accept_key(key):
+    """Return the answer to a Sec-WebSocket-Key (4.2.2)."""
+    import hashlib  # here: it loads OpenSSL, which nothing else needs
+    digest = hashlib.sha1(key.encode() + _GUID).digest()
+    return binascii.b2a_base64(digest, newline=False).decode()
+
+
+def _tokens(value):
+    """Return the elements of a header's list, in lower case."""
+    return [token.strip().lower() for token in (value or "").split(",")]
+
+
+class _Violation(ProtocolError):
+    """What the peer did wrong, and the code that tells it so."""
+
+    def __init__(self, code, detail):
+        super().__init__(detail)
+        self.code = code
+
+
+class WebSocketFraming(Framing):
+    """WebSocket, both sides of it.
+
+    msg.text is a text message's string, msg.data the bytes of any message.
+    To change what it asks for or grants, pass a subclass.  With the
+    subprotocol "sip" (RFC 7118) messages are SipMessages.
+    """
+
+    proto = "ws"
+    message = TextMessage
+    path = "/"                #: what a client asks for
+    offers = ()               #: the subprotocols that a client offers
+    subprotocols = ("sip",)   #: those that a server speaks
+
+    def __init__(self, max_message, client):
+        super().__init__(max_message, client)
+        self.opened = False
+        self.subprotocol = None  #: what was agreed on
+        self._key = None         # of a client's handshake
+        self._frame = None       # (final, mask) of the frame that comes in
+        self._left = 0           # bytes of it that have not come
+        self._kind = None        # opcode of the message that comes in
+        self._parts = []         # of that message
+        self._tail = b""         # of its text: the beginning of a character
+        self._size = 0           # of that message
+        self._parting = False    # a close frame of ours has been sent
+
+    def refuse(self, path, headers):
+        """Return why a client is refused (403), or None: it is welcome.
+
+        For a subclass, which may look at the Origin, say.  headers are
+        (name in lower case, value) pairs.
+        """
+        return None
+
+    # -- the handshake ------------------------------------------------------
+
+    def begin(self, host):
+        """As a client, ask."""
+        if self.client:
+            self._key = binascii.b2a_base64(
+                os.urandom(16), newline=False).decode()
+            self._say_http(f"GET {self.path} HTTP/1.1", {
+                "Host": host, "Upgrade": "websocket", "Connection": "Upgrade",
+                "Sec-WebSocket-Key": self._key, "Sec-WebSocket-Version": "13",
+                "Sec-WebSocket-Protocol": ", ".join(self.offers)})
+
+    def _say_http(self, start, headers, body=""):
+        lines = [start, *(f"{name}: {value}" for name, value
+                          in headers.items() if value), "", body]
+        self.output += "\r\n".join(lines).encode()
+
+    def _shake_hands(self):
+        """Read the other side's half of the handshake, if it is complete."""
+        end = self.buffer.find(b"\r\n\r\n")
+        too_long = max(end, len(self.buffer) if end < 0 else 0) > _LONGEST_HEAD
+        if end < 0 and not too_long:
+            return
+        start, fields = _parse_head(bytes(self.buffer[:end]))
+        del self.buffer[:end + 4]
+        headers = {}
+        for name, value in fields:
+            headers[name] = (f"{headers[name]}, {value}" if name in headers
+                             else value)
+        if self.client:
+            if too_long:
+                raise ProtocolError("the answer's headers have no end")
+            self._check_answer(start, headers)
+        else:
+            refusal = ((400, "the headers are too long") if too_long
+                       else self._check_request(start, headers, fields))
+            if refusal:
+                self._refuse(*refusal)
+            self._grant(headers)
+        self.opened = True
+
+    def _check_request(self, start, headers, fields):
+        """Return (status, reason) for a refusal, None if all is well.
+
+        RFC 6455, 4.2.1.
+        """
+        match = re.fullmatch(r"(\S+) (\S+) HTTP/([0-9]\.[0-9])", start)
+        if not match or match[3] < "1.1":
+            return 400, "HTTP/1.1 is needed"
+        if match[1] != "GET":
+            return 400, "the method must be GET"
+        if not headers.get("host") or "," in headers["host"]:
+            return 400, "there must be one Host"
+        if "websocket" not in _tokens(headers.get("upgrade")):
+            return 426, "this is a WebSocket; Upgrade must name websocket"
+        if "upgrade" not in _tokens(headers.get("connection")):
+            return 400, "Connection must name Upgrade"
+        if not re.fullmatch(r"[A-Za-z0-9+/]{22}==",
+                            headers.get("sec-websocket-key", "")):
+            return 400, "Sec-WebSocket-Key must be 16 bytes in base64"
+        if headers.get("sec-websocket-version") != "13":
+            return 426, "Sec-WebSocket-Version must be 13"
+        reason = self.refuse(match[2], fields)
+        return (403, reason) if reason else None
+
+    def _refuse(self, status, reason):
+        self._say_http(f"HTTP/1.1 {status} {_HTTP_REASONS[status]}", {
+            "Upgrade": "websocket" if status == 426 else "",
+            "Sec-WebSocket-Version": "13" if status == 426 else "",
+            "Connection": "Upgrade, close" if status == 426 else "close",
+            "Content-Type": "text/plain; charset=utf-8",
+            "Content-Length": str(len(reason.encode()) + 1),
+        }, reason + "\n")
+        raise ProtocolError(f"no WebSocket handshake: {reason}")
+
+    def _grant(self, headers):
+        offered = headers.get("sec-websocket-protocol", "").split(",")
+        self._agree(next((name.strip() for name in offered
+                          if name.strip() in self.subprotocols), None))
+        self._say_http("HTTP/1.1 101 Switching Protocols", {
+            "Upgrade": "websocket", "Connection": "Upgrade",
+            "Sec-WebSocket-Accept": _accept_key(headers["sec-websocket-key"]),
+            "Sec-WebSocket-Protocol": self.subprotocol}, "")
+
+    def _agree(self, subprotocol):
+        self.subprotocol = subprotocol
+        if subprotocol == "sip":
+            self.message = SipMessage
+
+    def _check_answer(self, start, headers):
+        """Check a server's half of the handshake.  RFC 6455, 4.1."""
+        subprotocol = headers.get("sec-websocket-protocol")
+        for wrong, reason in (
+                (not re.match(r"HTTP/1\.1 101(?: |$)", start), start[:80]),
+                (_tokens(headers.get("upgrade")) != ["websocket"],
+                 "Upgrade must be websocket"),
+                ("upgrade" not in _tokens(headers.get("connection")),
+                 "Connection must name Upgrade"),
+                (headers.get("sec-websocket-accept")
+                 != _accept_key(self._key), "Sec-WebSocket-Accept is wrong"),
+                (headers.get("sec-websocket-extensions"),
+                 "an extension that was not offered"),
+                (subprotocol is not None and subprotocol not in self.offers,
+                 "a subprotocol that was not offered")):
+            if wrong:
+                raise ProtocolError(f"no WebSocket handshake: {reason}")
+        self._agree(subprotocol)
+
+    # -- frames that come in ------------------------------------------------
+
+    def next_message(self):
+        """Return the next message, str or bytes; SKIPPED or None if none."""
+        if not self.opened:
+            self._shake_hands()
+        if not self.opened or self.closed:
+            return None
+        try:
+            if self._frame is None:
+                head = self._parse_frame_head()
+                if head is None:
+                    return None
+                if head[0] >= _CLOSE:
+                    return self._take_control(*head)
+                self._begin_frame(*head)
+            return self._take_payload()
+        except _Violation as violation:
+            self._part(violation.code, str(violation))
+            raise
+
+    def _parse_frame_head(self):
+        """Return (opcode, final, mask, size of the head, length of the
+        payload), or None: more bytes are needed.  5.2.
+        """
+        buffer = self.buffer
+        if len(buffer) < 2:
+            return None
+        opcode, final = buffer[0] & 0x0F, buffer[0] & _FINAL
+        length, size, least = buffer[1] & 0x7F, 2, 0
+        self._check_frame(opcode, final, length)
+        if length >= 126:
+            size, least = (4, 126) if length == 126 else (10, 65536)
+            if len(buffer) < size:
+                return None
+            length = int.from_bytes(buffer[2:size], "big")
+        if not least <= length < 2 ** 63:
+            raise _Violation(1002, "a payload length that is badly written")
+        if opcode < _CLOSE and self._size + length > self.max_message:
+            raise _Violation(1009,
+                             f"a message of over {self.max_message} bytes")
+        mask = None
+        if not self.client:
+            size += 4
+            if len(buffer) < size:
+                return None
+            mask = bytes(buffer[size - 4:size])
+        return opcode, final, mask, size, length
+
+    def _check_frame(self, opcode, final, length):
+        """Raise _Violation for what the first two bytes of a frame give away.
+        """
+        if self.buffer[0] & 0x70:
+            raise _Violation(1002, "a reserved bit is set")
+        if opcode not in (_CONTINUED, _TEXT, _BINARY, _CLOSE, _PING, _PONG):
+            raise _Violation(1002, f"opcode {opcode} is unknown")
+        if bool(self.buffer[1] & _MASKED) == self.client:
+            raise _Violation(1002, "a masked frame from the server"
+                             if self.client else "a frame without mask")
+        if opcode >= _CLOSE:
+            if not final:
+                raise _Violation(1002, "a control frame in fragments")
+            if length > 125:
+                raise _Violation(1002, "a control frame of over 125 bytes")
+        elif (opcode == _CONTINUED) != self.amid:
+            raise _Violation(1002, "a message within a message" if self.amid
+                             else "a continuation of nothing")
+
+    def _begin_frame(self, opcode, final, mask, size, length):
+        """A data frame's payload follows."""
+        del self.buffer[:size]
+        self._frame, self._left = (final, mask), length
+        self._size += length
+        if opcode != _CONTINUED:
+            self._kind = opcode
+
+    def _take_payload(self):
+        """Take what has come of a frame's payload; return the message that
+        it completes, SKIPPED if it completes no message, None if no frame.
+        """
+        final, mask = self._frame
+        data = bytes(self.buffer[:self._left])
+        del self.buffer[:len(data)]
+        self._left -= len(data)
+        if mask:
+            data = _xor(data, mask)
+            turn = len(data) % 4
+            self._frame = final, mask[turn:] + mask[:turn]
+        complete = final and not self._left
+        if self._kind == _TEXT:
+            data = self._decode(data, complete)
+        if not self._left:
+            self._frame = None
+        if not complete:
+            self._parts.append(data)
+            return None if self._left else SKIPPED
+        if self._parts:
+            parts, self._parts = [*self._parts, data], []
+            data = type(data)().join(parts)
+        self._kind, self._size = None, 0
+        return data
+
+    def _decode(self, data, complete):
+        """Decode a piece of a text; what is no UTF-8 is noticed at once."""
+        data = self._tail + data
+        try:
+            text, used = codecs.utf_8_decode(data, "strict", complete)
+        except UnicodeDecodeError:
+            raise _Violation(1007, "text that is not UTF-8") from None
+        self._tail = data[used:]
+        return text
+
+    def _take_control(self, opcode, _final, mask, size, length):
+        """Handle a control frame, if it is complete."""
+        end = size + length
+        if len(self.buffer) < end:
+            return None
+        payload = bytes(self.buffer[size:end])
+        del self.buffer[:end]
+        if mask:
+            payload = _xor(payload, mask)
+        if opcode == _PING:
+            self.output += self._encode_frame(_PONG, payload)
+        elif opcode == _CLOSE:
+            self._take_close(payload)
+        return SKIPPED
+
+    def _take_close(self, payload):
+        """The peer says good-bye.  5.5.1."""
+        code = int.from_bytes(payload[:2], "big") if payload else 1005
+        if len(payload) == 1 or (payload and not _is_close_code(code)):
+            raise _Violation(1002, "a close frame with a code that is none")
+        try:
+            reason = payload[2:].decode()
+        except UnicodeDecodeError:
+            raise _Violation(1007,
+                             "a close reason that is not UTF-8") from None
+        self.closed = f"close frame {code} {reason}".rstrip()
+        self.buffer.clear()
+        if not self._parting:
+            self._parting = True
+            self.output += self._encode_frame(_CLOSE, payload[:2])
+
+    @property
+    def amid(self):
+        """Whether a message has begun whose last frame has not."""
+        return self._kind is not None
+
+    @property
+    def partial(self):
+        """Whether a message or a frame has begun and is not complete."""
+        return self.amid or bool(self.buffer)
+
+    # -- frames that go out -------------------------------------------------
+
+    def _encode_frame(self, opcode, payload):
+        """Return a frame, which is always the only one of its message."""
+        length = len(payload)
+        masked = _MASKED if self.client else 0
+        if length < 126:
+            head = bytes((_FINAL | opcode, masked | length))
+        elif length < 65536:
+            head = struct.pack("!BBH", _FINAL | opcode, masked | 126, length)
+        else:
+            head = struct.pack("!BBQ", _FINAL | opcode, masked | 127, length)
+        if not self.client:
+            return head + payload
+        mask = os.urandom(4)
+        return head + mask + _xor(payload, mask)
+
+    def encode(self, payload):
+        """Return payload as a binary message."""
+        return self._encode_frame(_BINARY, payload)
+
+    def encode_text(self, text):
+        """Return text as a text message."""
+        return self._encode_frame(_TEXT, text.encode())
+
+    def _part(self, code, reason=""):
+        """Say good-bye, once."""
+        if self.opened and not self._parting:
+            self._parting = True
+            self.output += self._encode_frame(
+                _CLOSE, code.to_bytes(2, "big") + reason.encode()[:123])
+
+    def farewell(self, reason):
+        """Return a close frame, unless one has been sent.  7.4.1."""
+        self._part(1000 if reason in ("closed", "eof") else 1001)
+        data = bytes(self.output)
+        self.output.clear()
+        return data
+
+# ---------------------------------------------------------------------------
+# 10. TLS
+#
+# A framing around another one, over two memory BIOs of the ssl module: the
+# loop goes on moving bytes and knows nothing of it, and the socket stays a
+# plain one that can be probed (an SSLSocket refuses MSG_PEEK).
+#
+# Three ends are told apart: close_notify is a clean one ("eof"), a FIN
+# without it is a truncation ("protocol"), since anybody on the way can send a
+# FIN, and an RST is a "reset".
+# ---------------------------------------------------------------------------
+
+
+#: Bytes of plain text in a TLS record.
+_LONGEST_RECORD = 16384
+
+
+class TlsFraming(Framing):
+    """TLS around a framing.  See the tls argument of listen and connect."""
+
+    def __init__(self, context, server_hostname, inner):
+        import ssl  # only a program that uses TLS pays for it
+        super().__init__(inner.max_message, inner.client)
+        self._want_read, self._zero_return = (ssl.SSLWantReadError,
+                                              ssl.SSLZeroReturnError)
+        self._error = ssl.SSLError  # the base of both
+        self._inner = inner
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._tls = context.wrap_bio(
+            self._incoming, self._outgoing, server_side=not inner.client,
+            server_hostname=server_hostname)
+        self._host = ""
+        self._shaken = False  # the handshake is done
+        self._failure = None  # raised once what came before is delivered
+        self._unsent = b""    # plain text that waits for a renegotiation
+        self._head = b""      # of the record that comes in: up to 5 bytes,
+        self._left = 0        # and how many bytes of it are missing
+
+    proto = property(lambda self: {"tcp": "tls", "ws": "wss"}.get(
+        self._inner.proto, self._inner.proto))
+    message = property(lambda self: self._inner.message)
+    opened = property(lambda self: self._shaken and self._inner.opened)
+    amid = property(lambda self: self._inner.amid)
+
+    @property
+    def partial(self):
+        """Whether a message, or a record, has begun and is not complete."""
+        return bool(self._inner.partial or self._left or self._head)
+
+    def begin(self, host):
+        """Start the handshake."""
+        self._host = host
+        self._advance()
+
+    def receive(self, data):
+        """Decrypt what came from the peer."""
+        self._incoming.write(data)
+        self._count_records(data)
+        self._advance()
+
+    def _advance(self):
+        """Go on with the handshake, then decrypt what there is."""
+        try:
+            if not self._shaken:
+                self._tls.do_handshake()
+                self._shaken = True
+                self._inner.begin(self._host)
+            if self._unsent:
+                self._seal(b"")
+            while not self.closed:
+                data = self._tls.read(_LONGEST_RECORD)
+                if not data:
+                    raise self._zero_return
+                self._inner.receive(data)
+        except self._want_read:
+            pass
+        except self._zero_return:
+            self.closed = "close_notify from the peer"
+        except self._error as failure:
+            self._failure = self._failure or self._explain(failure)
+        self._collect()
+
+    def _explain(self, failure):
+        """Return the ProtocolError for what the ssl module says."""
+        reason = getattr(failure, "verify_message", None) or (
+            failure.reason or str(failure)).lower().replace("_", " ")
+        if reason in ("wrong version number", "http request"):
+            reason += " (plain text on a TLS port?)"
+        return ProtocolError("TLS handshake failed: " + reason
+                             if not self._shaken else "TLS: " + reason)
+
+    def _count_records(self, data):
+        """Keep account of whether a record is incomplete (RFC 8446, 5.1)."""
+        at = 0
+        while at < len(data):
+            if self._left:
+                step = min(self._left, len(data) - at)
+                self._left -= step
+            else:
+                step = 5 - len(self._head)
+                self._head += data[at:at + step]
+                if len(self._head) == 5:
+                    self._left = int.from_bytes(self._head[3:], "big")
+                    self._head = b""
+            at += step
+
+    def next_message(self):
+        """Return the next message of the framing within."""
+        try:
+            payload = self._inner.next_message()
+        finally:
+            self._collect()
+        self.closed = self._inner.closed or self.closed
+        if payload is None and self._failure:
+            raise self._failure
+        return payload
+
+    def finish(self):
+        """Return what the end of the stream completes; raise ProtocolError
+        where the peer has not announced the end.
+        """
+        if not self._shaken:
+            raise ProtocolError("FIN within the TLS handshake")
+        if not self.closed:
+            raise ProtocolError("TLS truncated: FIN without close_notify")
+        return self._inner.finish()
+
+    # -- what goes out ------------------------------------------------------
+
+    def _seal(self, data):
+        """Encrypt."""
+        data = self._unsent + data
+        self._unsent = b""
+        if data:
+            try:
+                self._tls.write(data)
+            except self._want_read:
+                self._unsent = data
+
+    def _collect(self):
+        """Move what is to be sent to output."""
+        if self._inner.output and self._shaken:
+            self._seal(bytes(self._inner.output))
+            self._inner.output.clear()
+        if self._outgoing.pending:
+            self.output += self._outgoing.read()
+
+    def _flush(self):
+        """Return, and forget, what is to be sent."""
+        self._collect()
+        data = bytes(self.output)
+        self.output.clear()
+        return data
+
+    def encode(self, payload):
+        """Return the records that send a payload."""
+        self._seal(self._inner.encode(payload))
+        return self._flush()
+
+    def encode_text(self, text):
+        """Return the records that send a text."""
+        self._seal(self._inner.encode_text(text))
+        return self._flush()
+
+    def farewell(self, reason):
+        """Return close_notify, behind what the framing within has to say."""
+        if self._shaken and not self._failure:
+            with contextlib.suppress(self._error):
+                self._seal(self._inner.farewell(reason))
+                self._tls.unwrap()
+        return self._flush()
+
+# ---------------------------------------------------------------------------
+# 11. A connection
+# ---------------------------------------------------------------------------
 
 #: The framings by name; "raw" has none: what recv() returns is the message.
-_FRAMINGS = {"raw": None, "line": LineFraming}
+_FRAMINGS = {"raw": None, "line": LineFraming, "sip": SipFraming,
+             "ws": WebSocketFraming}
 
 
-def _framing(framing):
-    """Return (name, factory) for the framing argument of listen and others."""
-    if isinstance(framing, str) and framing in _FRAMINGS:
-        return framing, _FRAMINGS[framing]
-    if callable(framing) and (not isinstance(framing, type)
-                              or issubclass(framing, Framing)):
-        return getattr(framing, "__name__", "custom"), framing
-    raise ValueError(f"framing must be {', '.join(_FRAMINGS)}, a subclass of"
-                     " Framing or a function that returns an instance, not"
-                     f" {reprlib.repr(framing)}")
+class Stack(NamedTuple):
+    """What is between a connection's bytes and its messages."""
 
-# ---------------------------------------------------------------------------
-# 8. A connection
-# ---------------------------------------------------------------------------
+    name: str            #: of the framing
+    factory: object      #: of the framing, None: raw
+    context: object      #: an ssl.SSLContext, None: no TLS
+    server_hostname: Optional[str]
+    host: str            #: what connect was told, "host:port"
+
+    @classmethod
+    def of(cls, framing, tls=None, server_hostname=None, address=None):
+        """Check the arguments of listen, connect and attach."""
+        if isinstance(framing, str) and framing in _FRAMINGS:
+            name, factory = framing, _FRAMINGS[framing]
+        elif callable(framing) and (not isinstance(framing, type)
+                                    or issubclass(framing, Framing)):
+            name, factory = getattr(framing, "__name__", "custom"), framing
+        else:
+            raise ValueError(
+                f"framing must be {', '.join(_FRAMINGS)}, a subclass of"
+                " Framing or a function that returns an instance, not"
+                f" {reprlib.repr(framing)}")
+        if tls is not None:
+            import ssl  # only a program that uses TLS pays for it
+            if not isinstance(tls, ssl.SSLContext):
+                raise ValueError("tls must be an ssl.SSLContext,"
+                                 f" not {reprlib.repr(tls)}")
+        elif server_hostname is not None:
+            raise ValueError("server_hostname is for TLS")
+        if address and tls is not None and server_hostname is None:
+            server_hostname = address[0]
+        return cls(name, factory, tls, server_hostname,
+                   address and _format_address(address) or "")
+
+    def build(self, max_message, client):
+        """Return an instance for one connection, None for raw."""
+        factory = self.factory
+        if self.context is None:
+            return factory and factory(max_message, client)
+        inner = (factory or RawFraming)(max_message, client)
+        return TlsFraming(self.context, self.server_hostname, inner)
+
 
 
 class Phase(enum.Enum):
@@ -798,7 +1659,7 @@ class Connection:
         "phase", "ready", "cause",         # where in its life
         "forgotten",                       # tcp_close_connection returned 1
         "sock", "recv", "send", "events",  # its socket, and what is selected
-        "framing", "layer", "message",     # how bytes become messages
+        "stack", "layer", "message",       # how bytes become messages
         "waiting",                         # messages wait for the next turn
         "out", "bytes_in", "bytes_out",    # out: bytearray, or None if empty
         "wants_event",                     # tcp_enable_closed_event
@@ -812,7 +1673,7 @@ class Connection:
         "opened",                          # it has been usable
     )
 
-    def __init__(self, conid, origin, framing, lifetime, now):
+    def __init__(self, conid, origin, stack, lifetime, now):
         self.conid = conid
         self.proto = "tcp"
         self.peer = self.local = ("", 0)
@@ -821,7 +1682,7 @@ class Connection:
         self.forgotten = False
         self.sock = self.recv = self.send = None
         self.events = 0
-        self.framing = framing  # (name, factory), see _framing
+        self.stack = stack
         self.layer = None       # the framing's instance; None: raw
         self.message = Message
         self.waiting = False
@@ -881,7 +1742,7 @@ class ConnectionInfo(NamedTuple):
     bytes_out: int
 
 # ---------------------------------------------------------------------------
-# 9. The table of connections
+# 12. The table of connections
 # ---------------------------------------------------------------------------
 
 
@@ -947,7 +1808,7 @@ class Table:
         return held
 
 # ---------------------------------------------------------------------------
-# 10. Routes
+# 13. Routes
 # ---------------------------------------------------------------------------
 
 
@@ -1056,7 +1917,7 @@ class Routes:
         return handler
 
 # ---------------------------------------------------------------------------
-# 11. The loop
+# 14. The loop
 #
 # One turn: wait, input and output, calls from outside, deadlines, dead
 # sockets, events.  In that order, so that what has arrived is seen before a
@@ -1267,7 +2128,7 @@ class Loop(Routes):
         due = conn.due()
         return ConnectionInfo(
             conn.conid, conn.proto, *conn.peer[:2], *conn.local[:2],
-            conn.framing[0], self._state(conn), now - conn.since,
+            conn.stack.name, self._state(conn), now - conn.since,
             max(0.0, now - conn.active), conn.lifetime,
             None if due == NEVER else due, self._kernel_keepalive(conn),
             conn.bytes_in, conn.bytes_out)
@@ -1301,15 +2162,18 @@ class Loop(Routes):
 
     # -- for the host program: connections --------------------------------
 
-    def listen(self, host, port, *, framing="raw", backlog=socket.SOMAXCONN,
-               reuse_port=False):
+    def listen(self, host, port, *, framing="raw", tls=None,
+               backlog=socket.SOMAXCONN, reuse_port=False):
         """Accept connections; return the listener's conid.
 
-        host is an address or a name ("" for every IPv4 address), port 0 lets
-        the system choose: connection(conid).Rp says what it chose.  "::" is
-        every IPv6 address and no IPv4 one.  Raises OSError.
+        framing is "raw", "line", "sip", "ws" or a subclass of Framing, tls an
+        ssl.SSLContext for servers, with its certificate.  host is an address
+        or a name ("" for every IPv4 address), port 0 lets the system choose:
+        connection(conid).Rp says what it chose.  "::" is every IPv6 address
+        and no IPv4 one.  Raises OSError.
         """
-        framing = _framing(framing)
+        stack = Stack.of(framing, tls)
+        layer = stack.build(self._max_message, client=False)
         self._check_taking()
         family, address = _resolve(host or "0.0.0.0", port, passive=True)[0]
         sock = socket.socket(family, socket.SOCK_STREAM)
@@ -1329,26 +2193,32 @@ class Loop(Routes):
         except BaseException:
             sock.close()
             raise
-        conn = self._begin(sock, Phase.LISTENING, "listen", framing,
+        conn = self._begin(sock, Phase.LISTENING, "listen", stack,
                            local=local)
+        conn.proto = "tcp" if layer is None else layer.proto
         self._watch(conn, _READ)
         if conn.cause is not None:  # the selector has no room for it
             raise OSError(conn.cause.errno, conn.cause.detail)
         return conn.conid
 
-    def connect(self, host, port, *, framing="raw"):
+    def connect(self, host, port, *, framing="raw", tls=None,
+                server_hostname=None):
         """Start to connect; return the conid.
+
+        tls is an ssl.SSLContext for clients, which says what is verified;
+        server_hostname is the name in the certificate where it is not host.
 
         What becomes of it is told by an event: tcp:opened, or an end.  What
         is sent meanwhile is queued.  A name is looked up at once, which may
         block, and its addresses are tried in turn, all within
         connect_timeout.  Raises OSError (no such name, no descriptor).
         """
-        framing = _framing(framing)
+        stack = Stack.of(framing, tls, server_hostname, (host, port))
         self._check_room()
-        layer = self._layer(framing, client=True)
-        sock, address, rest = self._socket_for(_resolve(host, port))
-        conn = self._begin(sock, Phase.CONNECTING, "connect", framing, layer,
+        addresses = _resolve(host, port)
+        layer = stack.build(self._max_message, client=True)
+        sock, address, rest = self._socket_for(addresses)
+        conn = self._begin(sock, Phase.CONNECTING, "connect", stack, layer,
                            address)
         conn.candidates = rest
         conn.work_due = conn.since + self._connect_timeout
@@ -1362,7 +2232,7 @@ class Loop(Routes):
         The socket belongs to the loop from then on: do not close it.  Raises
         ValueError for any other kind of socket, OSError if not connected.
         """
-        framing = _framing(framing)
+        stack = Stack.of(framing)
         self._check_room()
         ssl = sys.modules.get("ssl")  # not loaded: then it is not one
         if (not isinstance(sock, socket.socket)
@@ -1375,9 +2245,9 @@ class Loop(Routes):
         key = self._selector.get_map().get(sock.fileno())
         if key is not None and key.data.sock is sock:
             raise ValueError(f"{sock!r} is attached already")
-        layer = self._layer(framing, client=False)
+        layer = stack.build(self._max_message, client=False)
         sock.setblocking(False)
-        conn = self._begin(sock, Phase.OPENING, "attach", framing, layer,
+        conn = self._begin(sock, Phase.OPENING, "attach", stack, layer,
                            peer, local)
         self._greet(conn)
         return conn.conid
@@ -1707,18 +2577,13 @@ class Loop(Routes):
                 self._nudge()
             self._deadlines.arm(conn, due)
 
-    def _layer(self, framing, client):
-        """Return a framing's instance for one connection, None for raw."""
-        factory = framing[1]
-        return factory and factory(self._max_message, client)
-
-    def _begin(self, sock, phase, origin, framing, layer=None, peer=("", 0),
+    def _begin(self, sock, phase, origin, stack, layer=None, peer=("", 0),
                local=("", 0)):
         """Give a conid to a socket; return the connection."""
-        conn = Connection(self._table.new_conid(), origin, framing,
+        conn = Connection(self._table.new_conid(), origin, stack,
                           self._lifetime, self._clock())
         if layer is not None:
-            conn.layer, conn.message = layer, layer.message
+            conn.layer, conn.proto = layer, layer.proto
         conn.bind(sock, peer, local)
         self._table.add(conn)
         if phase is not Phase.LISTENING:
@@ -1730,7 +2595,13 @@ class Loop(Routes):
 
     def _greet(self, conn):
         """A connection stands: let its framing begin, or it is open."""
-        self._speak(conn)
+        if conn.layer is not None:
+            try:
+                conn.layer.begin(conn.stack.host)
+            except Exception as error:
+                self._framing_failed(conn, error)
+                return
+            self._speak(conn)
         if conn.layer is None or conn.layer.opened:
             self._open(conn)
         else:
@@ -1751,11 +2622,12 @@ class Loop(Routes):
         conn.work_due = NEVER
         conn.active = self._clock()
         self._arm(conn)
+        if conn.layer is not None:
+            conn.message = conn.layer.message
         early, conn.early, conn.early_bytes = conn.early, (), 0
         try:
             for payload in early:
-                self._write(conn, payload if conn.layer is None
-                            else conn.layer.encode(payload))
+                self._write(conn, self._encode(conn, payload))
         except Exception as error:
             self._framing_failed(conn, error)
         if conn.forgotten:
@@ -1768,11 +2640,26 @@ class Loop(Routes):
             return
         if conn.early and cause.state is State.NOT_FOUND:
             conn.forgotten = True  # _open comes back to it
-        elif conn.phase in (Phase.OPENING, Phase.OPEN) and conn.out:
+            return
+        if conn.phase in (Phase.OPENING, Phase.OPEN):
+            self._write(conn, self._farewell(conn))
+        if conn.out and conn.phase in (Phase.OPENING, Phase.OPEN):
             self._enter(conn, Phase.CLOSING)
             self._rewatch(conn)
         else:
             self._end(conn)
+
+    def _conclude(self, conn, cause):
+        """What the peer's bytes say is the end, whatever its socket says.
+
+        They came first, also where a probe has met a FIN or an RST before
+        they were read.
+        """
+        if conn.phase in (Phase.CLOSING, Phase.ENDED):
+            return  # a handler was quicker
+        if not conn.forgotten:
+            conn.cause = None
+        self._finish(conn, cause)
 
     def _doom(self, conn, cause):
         """A socket is dead: its connection ends in this turn or the next.
@@ -1850,6 +2737,17 @@ class Loop(Routes):
         if self._resting:
             self._resume()
 
+    @staticmethod
+    def _farewell(conn):
+        """Return what a connection's framing says before we close."""
+        if conn.layer is not None:
+            try:
+                return conn.layer.farewell(conn.cause.reason)
+            except Exception:
+                log.exception("conid %d: framing %s raised", conn.conid,
+                              conn.stack.name)
+        return b""
+
     def _close_socket(self, conn):
         """Close a connection's socket so that the peer learns the truth."""
         with contextlib.suppress(OSError):
@@ -1858,7 +2756,9 @@ class Loop(Routes):
                 # is complete, and no orphan that the kernel goes on serving.
                 conn.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
                                      _LINGER_RESET)
-            elif conn.bytes_out and conn.cause.errno is None:
+            elif conn.phase is Phase.ENDED and conn.cause.errno is None:
+                conn.bytes_out += conn.send(self._farewell(conn), _NOSIGNAL)
+            if not conn.out and conn.bytes_out and conn.cause.errno is None:
                 # Unread bytes would turn the FIN into an RST, which destroys
                 # what the peer has not read yet of ours.  Ends with EAGAIN
                 # or FIN, or with a peer that sends faster than we read.
@@ -1953,16 +2853,17 @@ class Loop(Routes):
 
     def _end_of_stream(self, conn):
         """The peer has sent FIN: all before it has been delivered."""
-        payload = None
-        if conn.layer is not None and conn.opened:
+        layer, payload, detail = conn.layer, None, "FIN from the peer"
+        if layer is not None:
+            detail = layer.closed or detail
             try:
-                payload = conn.layer.finish()
+                payload = layer.finish()
             except Exception as error:
                 self._framing_failed(conn, error)
                 return
-        if payload is not None:
+        if payload is not None and conn.opened:
             self._message(conn, payload)
-        self._finish(conn, Cause("eof", None, "FIN from the peer"))
+        self._conclude(conn, Cause("eof", None, detail))
 
     def _deliver(self, conn, data=b""):
         """Hand over the messages that a framing holds, up to a turn's share.
@@ -1972,7 +2873,7 @@ class Loop(Routes):
         back when the queue is shorter.
         """
         layer = conn.layer
-        count = 0
+        count, anew = 0, False
         try:
             if data:
                 layer.receive(data)
@@ -1989,10 +2890,17 @@ class Loop(Routes):
                     if conn.phase not in _RECEIVING:
                         break
                 if payload is None:
-                    self._time_message(conn, layer.partial, bool(count))
+                    if layer.closed:
+                        self._end_of_stream(conn)
+                    else:
+                        self._time_message(conn, layer.partial, anew)
                     break
                 count += 1
-                self._message(conn, payload)
+                if payload is SKIPPED:
+                    anew = anew or not layer.amid
+                else:
+                    anew = True
+                    self._message(conn, payload)
         except Exception as error:
             self._framing_failed(conn, error)
         except BaseException:
@@ -2004,10 +2912,10 @@ class Loop(Routes):
         detail = str(error)
         if not isinstance(error, ProtocolError):
             log.error("conid %d: framing %s raised", conn.conid,
-                      conn.framing[0], exc_info=error)
+                      conn.stack.name, exc_info=error)
             detail = f"the framing raised {error!r}"
         self._speak(conn)
-        self._finish(conn, Cause("protocol", None, detail))
+        self._conclude(conn, Cause("protocol", None, detail))
 
     def _time_message(self, conn, partial, is_new=False):
         """Start, go on with or stop the time that a message may take."""
@@ -2050,10 +2958,18 @@ class Loop(Routes):
             conn.early.append(payload)
             conn.early_bytes += len(payload)
             return Result.SUCCESS
-        if conn.layer is not None:
-            payload = conn.layer.encode(payload)
-        return (Result.SUCCESS if self._write(conn, payload)
+        return (Result.SUCCESS
+                if self._write(conn, self._encode(conn, payload))
                 else Result.FAILURE)
+
+    @staticmethod
+    def _encode(conn, payload):
+        """Return the bytes that send a payload on a connection."""
+        layer = conn.layer
+        if type(payload) is str:
+            return (payload.encode() if layer is None
+                    else layer.encode_text(payload))
+        return payload if layer is None else layer.encode(payload)
 
     def _write(self, conn, data):
         """Send bytes, queue what the kernel does not take.
@@ -2151,7 +3067,7 @@ class Loop(Routes):
     def _admit(self, listener, sock, peer):
         """Make an accepted socket a connection."""
         try:
-            layer = self._layer(listener.framing, client=False)
+            layer = listener.stack.build(self._max_message, client=False)
             sock.setblocking(False)
             # One address for all, where the listener has only one.
             local = sock.getsockname()
@@ -2165,7 +3081,7 @@ class Loop(Routes):
         with contextlib.suppress(OSError):  # macOS: EINVAL if reset by now
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._greet(self._begin(sock, Phase.OPENING, "accept",
-                                listener.framing, layer, peer, local))
+                                listener.stack, layer, peer, local))
 
     def _rest(self, listener, why):
         """Let a listener rest: it would be selected for ever and in vain."""
@@ -2372,7 +3288,7 @@ class Loop(Routes):
             return None
 
 # ---------------------------------------------------------------------------
-# 12. The functions of the specification
+# 15. The functions of the specification
 #
 # In the specification's order.  They never raise on what a caller passes: a
 # wrong value or a conid that is of no use is one log line and -1, and nothing
@@ -2600,11 +3516,13 @@ class TcpOps(Loop):
     # -- sending ----------------------------------------------------------
 
     def send(self, conid, payload):
-        """Send payload (bytes) on a connection; return a Result.
+        """Send payload on a connection; return a Result.
 
+        A str is a text message on a WebSocket, elsewhere its UTF-8 bytes.
         What the kernel does not take is queued.  FAILURE: there is no such
         connection, it is ending, or its queue is over max_write_buffer; then
-        nothing of it has been sent.  Raises TypeError for what is not bytes.
+        nothing of it has been sent.  Raises TypeError for what is neither
+        bytes nor str.
         """
         payload = _payload(payload)
         conn = self._found(conid)
@@ -2617,12 +3535,13 @@ class TcpOps(Loop):
         return self._usable(conid)
 
     def forward(self, address, payload):
-        """Send payload (bytes) to a peer; return a Result.
+        """Send payload to a peer; return a Result.
 
         On the connection that tcp_set_otcpid names, if it was told to; else
         on one with that peer if there is one; else on a new one, with the
-        framing of the current message.  address is as for parse_address.
-        Raises TypeError for a payload that is not bytes.
+        framing of the current message, without TLS.  address is as for
+        parse_address.  Raises TypeError for a payload that is neither bytes
+        nor str.
         """
         payload = _payload(payload)
         conn = self._way_to(address)
@@ -2638,15 +3557,15 @@ class TcpOps(Loop):
         conn = self._peer(host, port)
         if conn is None:
             framing = "raw" if self._current is None else (
-                self._current.framing[1] or "raw")
+                self._current.stack.factory or "raw")
             conn = self._table.get(self.connect(host, port, framing=framing))
         return conn
 
 # ---------------------------------------------------------------------------
-# 13. The command line
+# 16. The command line
 # ---------------------------------------------------------------------------
 
-#: The functions of section 12: commands, and plain names in a routes file.
+#: The functions of section 15: commands, and plain names in a routes file.
 _FUNCTIONS = [name for name in vars(TcpOps) if name.startswith("tcp_")]
 # The otcpid pair means something within a message's handler only.
 _HELP = "\n".join([
@@ -2666,6 +3585,11 @@ _EPILOG = """
 Try it:
   %(prog)s --listen                      and in another terminal:
   nc 127.0.0.1 5060
+
+Other protocols: SIP, WebSocket, and TLS below either of them:
+  %(prog)s --listen --framing sip
+  %(prog)s --listen 443 --framing ws --certfile cert.pem --keyfile key.pem
+  %(prog)s --connect example.com:443 --framing ws --tls --console
 
 A routes file says what to do; it knows ops, the decorators request_route,
 onreply_route and event_route, modparam, and the specification's functions:
@@ -2695,7 +3619,16 @@ ever made.
 
 #: Long payloads are shown by their beginning and end.
 _BYTES = reprlib.Repr()
-_BYTES.maxother = 72
+_BYTES.maxother = _BYTES.maxstring = 72
+
+
+#: What a person may try a listener with.
+_CLIENTS = {
+    "tcp": "nc {host} {port}",
+    "tls": "openssl s_client -quiet -connect {address}",
+    "ws": "new WebSocket('ws://{address}') in a browser",
+    "wss": "new WebSocket('wss://{address}') in a browser",
+}
 
 
 #: Details that say no more than their reason.
@@ -2757,27 +3690,34 @@ class _Display:
 
     def started(self, what, info, console):
         """A listener was made, or a connect() begun."""
+        how = ", ".join(dict.fromkeys(
+            [info.framing] if info.proto == "tcp" else
+            [info.proto, info.framing]))
         if what == "listen on":
             # A wildcard address is none to connect to.
             host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(info.Ri, info.Ri)
             text = (f"listening on {_format_address((info.Ri, info.Rp))}"
-                    f" (conid {info.conid}, {info.framing}); try: nc {host}"
-                    f" {info.Rp}")
+                    f" (conid {info.conid}, {how}); try: "
+                    + _CLIENTS[info.proto].format(
+                        host=host, port=info.Rp,
+                        address=_format_address((host, info.Rp))))
             if console:
                 text += "; type help for commands"
         else:
             text = (f"connecting to {_format_address((info.si, info.sp))}"
-                    f" (conid {info.conid}, {info.framing})")
+                    f" (conid {info.conid}, {how})")
         self._print(text, event=text.split()[0], conid=info.conid, si=info.si,
-                    sp=info.sp, Ri=info.Ri, Rp=info.Rp, framing=info.framing)
+                    sp=info.sp, Ri=info.Ri, Rp=info.Rp, proto=info.proto,
+                    framing=info.framing)
 
     def message(self, msg):
         """A message came."""
         self._print(f"{self._clock()} {'message':11} conid {msg.conid} "
-                    f" {len(msg.data)} bytes  {_BYTES.repr(msg.data)}",
+                    f" {len(msg.data)} bytes  {_BYTES.repr(msg.payload)}",
                     event="message", conid=msg.conid, proto=msg.proto,
                     si=msg.si, sp=msg.sp, Ri=msg.Ri, Rp=msg.Rp,
-                    bytes=len(msg.data), data=msg.data.decode("latin-1"))
+                    bytes=len(msg.data), data=msg.data.decode("latin-1"),
+                    text=msg.text)
 
     def event(self, event):
         """A connection opened or ended."""
@@ -2899,12 +3839,15 @@ class _Commands:
         except ValueError as error:
             log.warning("send: %s", error)
             return {"result": -1}
+        with contextlib.suppress(UnicodeDecodeError):
+            payload = payload.decode()  # a text message, where there are any
         return {"result": int(self._ops.send(conid, payload))}
 
     def _list(self, _rest):
         listeners, conns = self._ops.listeners(), self._ops.connections()
         lines = [f"conid {info.conid}  listening on"
                  f" {_format_address((info.Ri, info.Rp))}"
+                 + ("" if info.proto == "tcp" else f", {info.proto}")
                  for info in listeners]
         for info in conns:
             keepalive = ("off" if info.keepalive is None else
@@ -2985,7 +3928,14 @@ def _parser():
     add("--connect", metavar="HOST:PORT", action="append",
         type=_connect_address, help="connect; again and again")
     add("--framing", choices=list(_FRAMINGS), default="raw",
-        help="what a message is: what was received at once (raw), a line")
+        help="what a message is: what was received at once (raw, the default),"
+        " a line, a SIP message, or that of a WebSocket (ws)")
+    add("--certfile", metavar="FILE",
+        help="have listeners speak TLS, with this certificate (PEM)")
+    add("--keyfile", metavar="FILE", help="its key, if in a file of its own")
+    add("--tls", action="store_true", help="have --connect speak TLS")
+    add("--cafile", metavar="FILE",
+        help="likewise, and trust the certificates in this file (PEM)")
     add("--closed-event", metavar="N", type=int, default=1,
         help="whose end is told: 0 nobody's, 1 everybody's (default), 2 where"
         " tcp_enable_closed_event was called")
@@ -3185,6 +4135,38 @@ def _at_terminal():
         return False
 
 
+def _no_password():
+    raise ValueError("its key asks for a password")
+
+
+def _server_context(options):
+    """Return the ssl.SSLContext of --certfile, None without it."""
+    if not options.certfile:
+        return None
+    import ssl
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    try:
+        context.load_cert_chain(options.certfile, options.keyfile,
+                                _no_password)
+    except (OSError, ValueError) as error:
+        files = " and ".join(filter(None, (options.certfile,
+                                           options.keyfile)))
+        raise _Failure(f"cannot use {files}: {_reason(error)}") from None
+    return context
+
+
+def _client_context(options):
+    """Return the ssl.SSLContext of --tls or --cafile, None without."""
+    if not options.tls and not options.cafile:
+        return None
+    import ssl
+    try:
+        return ssl.create_default_context(cafile=options.cafile)
+    except OSError as error:
+        raise _Failure(
+            f"cannot use {options.cafile}: {_reason(error)}") from None
+
+
 class _Program:
     """The command line at work."""
 
@@ -3200,7 +4182,7 @@ class _Program:
         with contextlib.ExitStack() as stack:
             stack.callback(ops.close)
             if options.echo:
-                ops.request_route(lambda msg: msg.reply(msg.data))
+                ops.request_route(lambda msg: msg.reply(msg.payload))
             if options.routes:
                 _load_routes(options.routes, ops)
             if options.control:
@@ -3226,12 +4208,14 @@ class _Program:
 
     def _listen_and_connect(self, console):
         options, ops = self._options, self._ops
-        for what, method, addresses in (
-                ("listen on", ops.listen, options.listen),
-                ("connect to", ops.connect, options.connect)):
+        for what, method, addresses, tls in (
+                ("listen on", ops.listen, options.listen,
+                 _server_context(options)),
+                ("connect to", ops.connect, options.connect,
+                 _client_context(options))):
             for address in addresses or ():
                 try:
-                    conid = method(*address, framing=options.framing)
+                    conid = method(*address, framing=options.framing, tls=tls)
                 except (OSError, UnicodeError) as error:
                     raise _Failure(f"cannot {what} {_format_address(address)}:"
                                    f" {_reason(error)}") from None
@@ -3302,6 +4286,24 @@ class _Program:
             self._display.answer(answer)
 
 
+def _check_options(parser, options):
+    """Complain of options that do not go together."""
+    if options.call is not None:
+        if len(options.call) < 2 or options.listen or options.connect:
+            parser.error("--call takes PATH COMMAND [ARG ...], and no"
+                         " --listen or --connect beside it")
+    elif not options.listen and not options.connect:
+        parser.error("nothing to do: give --listen or --connect, or --call")
+    if options.console and sys.stdin is None:
+        parser.error("--console needs a standard input")
+    if options.keyfile and not options.certfile:
+        parser.error("--keyfile needs --certfile")
+    if options.certfile and not options.listen:
+        parser.error("--certfile is for --listen")
+    if (options.tls or options.cafile) and not options.connect:
+        parser.error("--tls and --cafile are for --connect")
+
+
 def main(argv=None):
     """Run the command line; return the exit status.  See --help."""
     # A routes file that says "import tcpops" means this module, not a second
@@ -3317,16 +4319,9 @@ def main(argv=None):
         handler.setLevel(level)
     log.setLevel(min(level, logging.WARNING))  # the answers tell warnings
     try:
+        _check_options(parser, options)
         if options.call is not None:
-            if len(options.call) < 2 or options.listen or options.connect:
-                parser.error("--call takes PATH COMMAND [ARG ...], and no"
-                             " --listen or --connect beside it")
             return _call_control(options.call, options.json)
-        if not options.listen and not options.connect:
-            parser.error("nothing to do: give --listen or --connect, or"
-                         " --call")
-        if options.console and sys.stdin is None:
-            parser.error("--console needs a standard input")
         try:
             ops = _Shown(closed_event=options.closed_event,
                          connection_lifetime=options.lifetime,

@@ -26,6 +26,7 @@ import re
 import resource
 import select
 import selectors
+import shutil
 import signal
 import socket
 import ssl
@@ -49,11 +50,19 @@ from tcpops import Keepalive, Result, State
 HERE = Path(__file__).parent
 SOURCE = (HERE / "tcpops.py").read_text(encoding="utf-8")
 TREE = ast.parse(SOURCE)
+CERTIFICATE = str(HERE / "examples" / "localhost.pem")
 LINUX = sys.platform.startswith("linux")
 real_time = pytest.mark.real_time
 
 
 # -- tools --------------------------------------------------------------------
+
+
+def needs(program):
+    """Mark a test that a program is needed for; CI has to have it."""
+    return pytest.mark.skipif(
+        not shutil.which(program) and "CI" not in os.environ,
+        reason=f"there is no {program}")
 
 
 class FakeClock:
@@ -87,7 +96,7 @@ class FakeSelector(selectors.DefaultSelector):
 class World:
     """A TcpOps with a listener, that notes every message and event."""
 
-    def __init__(self, framing="raw", **settings):
+    def __init__(self, framing="raw", tls=None, **settings):
         self.ops = tcpops.TcpOps(**settings)
         self.messages = []
         self.events = []
@@ -97,7 +106,8 @@ class World:
         self.ops.request_route(self._message)
         for name in tcpops.EVENT_NAMES:
             self.ops.event_route(name)(self._event)
-        self.listener = self.ops.listen("127.0.0.1", 0, framing=framing)
+        self.listener = self.ops.listen("127.0.0.1", 0, framing=framing,
+                                        tls=tls)
         self.port = self.ops.connection(self.listener).Rp
 
     def _message(self, msg):
@@ -2234,7 +2244,8 @@ def feed(framing, *chunks):
             message = framing.next_message()
             if message is None:
                 break
-            messages.append(message)
+            if message is not tcpops.SKIPPED:
+                messages.append(message)
     return messages
 
 
@@ -2501,18 +2512,37 @@ class TestFramings:
         assert event.reason == "protocol" and "oops" in event.detail
         assert len(logged) == 1
 
+    @pytest.mark.parametrize("method", ["begin", "farewell"])
+    def test_a_framing_that_raises_at_its_ends(self, make_world, logged,
+                                               method):
+        def broken(self, *args):
+            raise ZeroDivisionError("oops")
+        world = make_world(framing=type("Broken", (Netstring,),
+                                        {method: broken}))
+        sock = socket.create_connection(("127.0.0.1", world.port), 5)
+        world.until(lambda: world.events)
+        sock.close()
+        world.until(world.ends)
+        (event,) = world.ends()
+        assert event.reason == ("protocol" if method == "begin" else "eof")
+        assert all("raised" in line for line in logged) and logged
+
     def test_a_framing_that_cannot_be_made(self, make_world, logged):
+        made = []
+
         def factory(max_message, client):
-            raise ZeroDivisionError
-        world = make_world(framing=factory)
+            made.append(max_message)
+            if len(made) > 1:
+                raise ZeroDivisionError
+            return tcpops.RawFraming(max_message, client)
+        world = make_world(framing=factory)  # tried out once
         with socket.create_connection(("127.0.0.1", world.port), 5) as sock:
             world.until(lambda: logged)
             assert sock.recv(9) == b""
         assert not world.events and world.ops.stats()["opened"] == 0
-        for call in (lambda: world.ops.connect("127.0.0.1", 9,
-                                               framing=factory),):
+        for call in world.ops.connect, world.ops.listen:
             with pytest.raises(ZeroDivisionError):
-                call()
+                call("127.0.0.1", 9, framing=factory)
         left, right = tcp_pair()
         with left, right, pytest.raises(ZeroDivisionError):
             world.ops.attach(right, framing=factory)
@@ -2809,6 +2839,681 @@ class TestFramings:
         assert world.end(conid).reason == "reset"
 
 
+
+# -- SIP ----------------------------------------------------------------------
+
+
+def sip(text, body=b"", length=True):
+    """Return a SIP message of lines that are written without CR."""
+    head = text.strip("\n").replace("\n", "\r\n").encode()
+    if length:
+        head += b"\r\nContent-Length: %d" % len(body)
+    return head + b"\r\n\r\n" + body
+
+
+OPTIONS = sip("""
+OPTIONS sip:alice@example.com SIP/2.0
+Via: SIP/2.0/TCP 192.0.2.1;branch=z9hG4bK1
+v: SIP/2.0/TCP 192.0.2.2;branch=z9hG4bK2
+From: <sip:bob@example.com>;tag=1
+t: <sip:alice@example.com>
+SUBJECT:  folded
+ over
+\ttwo lines
+""", b"\r\nbody\x00\r\n\r\n")
+RINGING = sip("SIP/2.0 180 Ringing all the time\nl : 0", length=False)
+
+
+class TestSip:
+    """Section 8 of the file; RFC 3261, 18.3; RFC 5626, 3.5.1."""
+
+    def test_messages_by_content_length(self):
+        framing = tcpops.SipFraming(1000, False)
+        assert feed(framing, OPTIONS + RINGING + OPTIONS) == [
+            OPTIONS, RINGING, OPTIONS]
+        assert not framing.partial and framing.finish() is None
+
+    def test_split_at_every_position(self):
+        text = b"\r\n" + OPTIONS + b"\r\n\r\n" + RINGING
+        for at in range(len(text)):
+            framing = tcpops.SipFraming(1000, False)
+            assert feed(framing, text[:at], text[at:]) == [OPTIONS, RINGING]
+            assert framing.output == b"\r\n"
+        framing = tcpops.SipFraming(1000, False)
+        assert feed(framing, *(bytes([b]) for b in text)) == [OPTIONS, RINGING]
+
+    @pytest.mark.parametrize("line, length", [
+        ("Content-Length: 3", 3), ("content-LENGTH:3", 3), ("l: 3", 3),
+        ("L  :\t 3  ", 3), ("Content-Length:\r\n  3", 3),
+        ("l: 03", 3), ("l: 3\r\nContent-Length: 3", 3), ("l: 0", 0)])
+    def test_ways_to_write_it(self, line, length):
+        head = f"BYE sip:x SIP/2.0\r\n{line}\r\n\r\n".encode()
+        framing = tcpops.SipFraming(1000, False)
+        assert feed(framing, head + b"abc"[:length] + RINGING) == [
+            head + b"abc"[:length], RINGING]
+
+    @pytest.mark.parametrize("line, detail", [
+        ("X: 1", "no Content-Length"),
+        ("l: 1\r\nl: 2", "differ"),
+        ("l: -1", "no number"), ("l: 1, 1", "no number"), ("l:", "no number"),
+        ("l: 99999999999999999999999", "no number"), ("l: 0x5", "no number"),
+        ("l: 9999999999", "over 1000 bytes"), ("l: 980", "over 1000 bytes")])
+    def test_what_is_refused(self, line, detail):
+        framing = tcpops.SipFraming(1000, False)
+        head = f"BYE sip:x SIP/2.0\r\n{line}\r\n\r\n".encode()
+        with pytest.raises(tcpops.ProtocolError, match=detail):
+            feed(framing, RINGING, head)
+
+    def test_the_limit_counts_head_and_body(self):
+        size = len(OPTIONS)
+        assert feed(tcpops.SipFraming(size, False), OPTIONS) == [OPTIONS]
+        for chunks in ([OPTIONS], [b"x" * (size + 3)],
+                       [b"x"] * (size + 3)):
+            with pytest.raises(tcpops.ProtocolError, match="bytes"):
+                feed(tcpops.SipFraming(size - 1, False), *chunks)
+
+    @pytest.mark.parametrize("chunks, pongs", [
+        ([b"\r\n"], 0), ([b"\r\n\r\n"], 1), ([b"\r\n", b"\r\n"], 1),
+        ([b"\r", b"\n\r", b"\n"], 1), ([b"\r\n" * 5, b"\r\n"], 3),
+        ([b"\r\n", RINGING, b"\r\n"], 0),
+        ([b"\r\n", RINGING, b"\r\n\r\n"], 1)])
+    def test_crlf_keepalive(self, chunks, pongs):
+        framing = tcpops.SipFraming(1000, False)
+        feed(framing, *chunks)
+        assert framing.output == b"\r\n" * pongs and not framing.partial
+
+    def test_a_message(self, make_world):
+        world = make_world(framing="sip")
+        sock, conid = world.client()
+        msg = world.talk(sock, OPTIONS)
+        assert (msg.method, msg.uri) == ("OPTIONS", "sip:alice@example.com")
+        assert (msg.status, msg.reason, msg.is_reply) == (None, None, False)
+        vias = ["SIP/2.0/TCP 192.0.2.1;branch=z9hG4bK1",
+                "SIP/2.0/TCP 192.0.2.2;branch=z9hG4bK2"]
+        assert msg.headers("via") == msg.headers("V") == vias
+        assert msg.header("Via") == vias[0]
+        assert msg.header("TO") == "<sip:alice@example.com>"
+        assert msg.header("s") == "folded over two lines"
+        assert msg.header("contact") is None and msg.headers("x") == []
+        assert msg.body == b"\r\nbody\x00\r\n\r\n"
+        assert (msg.data, msg.text, msg.proto) == (OPTIONS, None, "tcp")
+        assert msg.payload == OPTIONS
+        msg = world.talk(sock, RINGING)
+        assert (msg.status, msg.reason) == (180, "Ringing all the time")
+        assert (msg.method, msg.uri, msg.is_reply) == (None, None, True)
+        assert msg.reply(OPTIONS) and sock.recv(1000) == OPTIONS
+
+    @pytest.mark.parametrize("start, method, uri, status, reason", [
+        ("SIP/2.0 100 ", None, None, 100, ""),
+        ("SIP/2.0 99999 much", None, None, 99999, "much"),
+        ("SIP/2.0 abc much", None, None, None, "much"),
+        ("SIP/2.0", None, None, None, ""),
+        ("sip/2.0 200 OK", None, None, 200, "OK"),
+        ("INVITE sip:a b SIP/2.0", "INVITE", "sip:a b", None, None),
+        ("NEWMETHOD x:y SIP/7.0", "NEWMETHOD", "x:y", None, None),
+        ("nonsense", "nonsense", "", None, None),
+        (" BYE", "", "", None, None)])
+    def test_start_lines_are_not_judged(self, make_world, start, method, uri,
+                                        status, reason):
+        world = make_world(framing="sip")
+        sock, conid = world.client()
+        msg = world.talk(sock, sip(start))
+        assert (msg.method, msg.uri) == (method, uri)
+        assert (msg.status, msg.reason) == (status, reason)
+        assert world.talk(sock, RINGING).status == 180
+
+    def test_routes(self, make_world):
+        """Requests and responses by what they are, whoever connected."""
+        world = make_world(framing="sip")
+        responses = []
+        world.ops.onreply_route(responses.append)
+        sock, _ = world.client()
+        sock.send(OPTIONS + RINGING + OPTIONS)
+        world.until(lambda: len(world.messages) == 2)
+        assert [msg.status for msg in responses] == [180]
+        peer, conid = world.outgoing(framing="sip")
+        peer.send(OPTIONS + RINGING)
+        world.until(lambda: len(responses) == 2)
+        assert len(world.messages) == 3
+
+    def test_refused_behind_good_ones(self, make_world):
+        world = make_world(framing="sip")
+        sock, conid = world.client()
+        sock.send(OPTIONS + b"INVITE sip:x SIP/2.0\r\n\r\n")
+        event = world.end(conid)
+        assert (event.reason, event.detail) == ("protocol",
+                                                "no Content-Length")
+        assert len(world.messages) == 1
+
+    def test_a_ping_is_answered(self, make_world):
+        world = make_world(framing="sip")
+        sock, conid = world.client()
+        sock.send(b"\r\n\r\n" + OPTIONS)
+        world.until(lambda: world.messages)
+        assert sock.recv(9) == b"\r\n"
+
+    def test_message_timeout(self, make_world, clock):
+        world = make_world(framing="sip", clock=clock)
+        sock, conid = world.client()
+        sock.send(b"\r\n")
+        world.settle()
+        clock.advance(50)
+        world.settle()
+        assert not world.ends()
+        sock.send(OPTIONS[:-1])
+        world.settle()
+        clock.advance(20)
+        assert world.end(conid).reason == "message"
+
+    @pytest.mark.parametrize("message", [
+        # Short tortuous message: folds, spaces before colons, empty values.
+        sip('INVITE sip:vivekg@example.com;unknownparam SIP/2.0\nTO :\n '
+            'sip:vivekg@example.com ;   tag    = 1918181833n\nfrom   : '
+            '"J Rosenberg \\\\\\""       <sip:jdrosen@example.com>\n  ;\n'
+            '  tag = 98asjd8\nMaX-fOrWaRdS: 0068\nContent-Length   : 4\n'
+            'cseq: 0009\n  INVITE\nUnknown: ;;,,;;,;', b"", False) + b"v=0\n",
+        sip("OPTIONS sip:user@example.com; lr SIP/2.0\nl: 0", b"", False),
+        sip("REGISTER sip:example.com SIP/2.0\nTo: \xff\xfe\nl: 0", b"",
+            False),
+        sip("OPTIONS sip:x SIP/7.0\nContact: <sip:caller@host5.example.net>"),
+        sip("INVITE sip:x SIP/2.0\n:empty\nno colon at all\nX:" + "y" * 9000),
+        sip("SIP/2.0 200 = 2**3 * 5**2 \xd0\xbd\xd0\xbe", bytes(range(256))),
+        sip("BYE " + "x" * 5000 + " SIP/2.0"),
+    ])
+    def test_torture(self, make_world, message):
+        """After RFC 4475: delivered, and what follows, too."""
+        world = make_world(framing="sip")
+        sock, conid = world.client()
+        sock.sendall(message + OPTIONS)
+        world.until(lambda: len(world.messages) == 2)
+        first, second = world.messages
+        assert first.data == message and second.data == OPTIONS
+        for msg in world.messages:
+            assert (msg.method is None) != (msg.status is None)
+            assert msg.headers("to") is not None
+        assert world.ops.tcp_conid_state(conid) is State.OK
+
+
+# -- WebSocket ----------------------------------------------------------------
+
+
+def frame(opcode, payload=b"", mask=b"\x01\x02\x03\x04", final=True, bits=0,
+          length=None):
+    """Return a frame; written anew, so as not to ask the code under test."""
+    first = (0x80 if final else 0) | bits | opcode
+    n = len(payload) if length is None else length
+    masked = 0x80 if mask else 0
+    if n < 126:
+        head = struct.pack("!BB", first, masked | n)
+    elif n < 65536:
+        head = struct.pack("!BBH", first, masked | 126, n)
+    else:
+        head = struct.pack("!BBQ", first, masked | 127, n)
+    if mask:
+        payload = mask + bytes(b ^ mask[i % 4] for i, b in enumerate(payload))
+    return head + payload
+
+
+def unframe(data):
+    """Return [(opcode, payload), ...] of the unmasked frames in data."""
+    found = []
+    while data:
+        assert data[0] & 0xF0 == 0x80 and not data[1] & 0x80
+        n, at = data[1], 2
+        if n > 125:
+            at = 4 if n == 126 else 10
+            n = int.from_bytes(data[2:at], "big")
+        assert len(data) >= at + n
+        found.append((data[0] & 15, data[at:at + n]))
+        data = data[at + n:]
+    return found
+
+
+HELLO = (b"GET /chat HTTP/1.1\r\nHost: server.example.com\r\n"
+         b"Upgrade: websocket\r\nConnection: Upgrade\r\n"
+         b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
+         b"Sec-WebSocket-Version: 13\r\n\r\n")
+WELCOME = (b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\n"
+           b"Connection: Upgrade\r\n"
+           b"Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n\r\n")
+
+
+def ws(max_message=65536):
+    """Return a server's side that has had its handshake."""
+    framing = tcpops.WebSocketFraming(max_message, False)
+    framing.begin("")
+    assert feed(framing, HELLO) == [] and framing.opened
+    assert framing.output == WELCOME
+    framing.output.clear()
+    return framing
+
+
+def violation(framing, *chunks):
+    """Feed until it is refused; return the close code and the detail."""
+    with pytest.raises(tcpops.ProtocolError) as caught:
+        feed(framing, *chunks)
+    opcode, payload = unframe(framing.output)[-1]
+    assert opcode == 8 and framing.farewell("protocol") != b""
+    return int.from_bytes(payload[:2], "big"), str(caught.value)
+
+
+class TestWebSocket:
+    """Section 9 of the file; RFC 6455."""
+
+    @pytest.mark.parametrize("data, expected", [
+        ("818537fa213d7f9f4d5158", ["Hello"]),
+        ("018337fa213d7f9f4d" "8082 37fa213d 5b95", ["Hello"]),
+        ("898537fa213d7f9f4d5158", []),
+    ])
+    def test_the_rfc_s_examples(self, data, expected):
+        """5.7: a text, masked; in two fragments; a ping."""
+        framing = ws()
+        assert feed(framing, bytes.fromhex(data)) == expected
+        assert framing.output == (
+            b"" if expected else bytes.fromhex("8a0548656c6c6f"))
+
+    def test_messages_that_may_be_text(self, make_world):
+        world = make_world(framing="ws")
+        peer = Peer(world, web=True)
+        peer.sock.sendall(frame(1, b"text") + frame(2, b"bytes"))
+        world.until(lambda: len(world.messages) == 2)
+        assert all(isinstance(m, tcpops.TextMessage) for m in world.messages)
+        assert [m.payload for m in world.messages] == ["text", b"bytes"]
+        assert [m.text for m in world.messages] == ["text", None]
+
+    def test_the_rfc_s_examples_going_out(self):
+        framing = ws()
+        assert framing.encode_text("Hello") == bytes.fromhex("810548656c6c6f")
+        assert framing.encode(bytes(256))[:4] == bytes.fromhex("827e0100")
+        assert framing.encode(bytes(65536))[:10] == bytes.fromhex(
+            "827f0000000000010000")
+
+    @pytest.mark.parametrize("size", [0, 1, 125, 126, 127, 65535, 65536])
+    @pytest.mark.parametrize("opcode", [1, 2])
+    def test_sizes(self, opcode, size):
+        """Both ways, also byte by byte; and the client masks."""
+        payload = bytes(97 + n % 26 for n in range(size))
+        framing = ws()
+        text = opcode == 1
+        wanted = payload.decode() if text else payload
+        data = frame(opcode, payload)
+        step = max(1, size // 500)
+        for chunks in ([data], [data[i:i + step] for i in
+                                range(0, len(data), step)]):
+            assert feed(framing, *chunks) == [wanted]
+            assert not framing.partial
+        encode = framing.encode_text if text else framing.encode
+        assert encode(wanted) == frame(opcode, payload, mask=None)
+        client = tcpops.WebSocketFraming(65536, True)
+        client.opened = True
+        assert feed(client, frame(9, b"ping", mask=None)) == []
+        assert client.output[:2] == b"\x8a\x84"
+        sent = (client.encode_text if text else client.encode)(wanted)
+        assert feed(framing, sent) == [wanted]
+        assert sent[1] & 0x80 and (not size or wanted not in (sent,))
+        assert feed(client, frame(opcode, payload, mask=None)) == [wanted]
+
+    def test_fragments_with_control_frames_between(self):
+        framing = ws()
+        parts = [frame(1, "Grüß ".encode()[:3], final=False),
+                 frame(9, b"still there?"), frame(10, b"unasked"),
+                 frame(0, "Grüß ".encode()[3:], final=False),
+                 frame(0, b"", final=False), frame(9), frame(0, b"dich!"),
+                 frame(2, b"\xff\xfe", final=False), frame(0, b"")]
+        wanted = ["Grüß dich!", b"\xff\xfe"]
+        pongs = [(10, b"still there?"), (10, b"")]
+        whole = b"".join(parts)
+        for chunks in (parts, [whole], [bytes([b]) for b in whole],
+                       *([whole[:at], whole[at:]]
+                         for at in range(len(whole)))):
+            framing = ws()
+            assert feed(framing, *chunks) == wanted
+            assert unframe(framing.output) == pongs
+            assert not framing.partial and not framing.amid
+
+    @pytest.mark.parametrize("chunks, code, detail", [
+        ([frame(1, b"x", bits=0x40)], 1002, "reserved"),
+        ([frame(1, b"x", bits=0x20)], 1002, "reserved"),
+        ([frame(1, b"x", bits=0x10)], 1002, "reserved"),
+        ([frame(3, b"x")], 1002, "opcode 3"),
+        ([frame(11, b"x")], 1002, "opcode 11"),
+        ([frame(1, b"x", mask=None)], 1002, "without mask"),
+        ([frame(9, b"x", final=False)], 1002, "in fragments"),
+        ([frame(9, b"x" * 126)], 1002, "125"),
+        ([frame(0, b"x")], 1002, "continuation of nothing"),
+        ([frame(1, b"x", final=False), frame(1, b"x")], 1002, "within"),
+        ([b"\x82\xfe\x00\x7d"], 1002, "badly written"),
+        ([b"\x82\xff" + (65535).to_bytes(8, "big")], 1002, "badly"),
+        ([b"\x82\xff" + b"\xff" * 8], 1002, "badly"),
+        ([frame(2, length=65537)], 1009, "over 65536"),
+        ([frame(2, b"x" * 65536, final=False), frame(0, length=1)], 1009,
+         "over 65536"),
+        ([frame(1, b"\xff")], 1007, "UTF-8"),
+        ([frame(1, b"\xc3")], 1007, "UTF-8"),
+        ([frame(1, b"\xed\xa0\x80")], 1007, "UTF-8"),
+        # At the first wrong byte, though most of the frame is not there.
+        ([frame(1, b"ok\xf4\x90", length=5000)], 1007, "UTF-8"),
+        ([frame(1, b"\xc3", final=False), frame(0, b"", final=True)], 1007,
+         "UTF-8"),
+        ([frame(8, b"x")], 1002, "code"),
+        ([frame(8, b"\x03\xe8\xff")], 1007, "reason"),
+        *(([frame(8, code.to_bytes(2, "big"))], 1002, "code") for code in (
+            0, 999, 1004, 1005, 1006, 1015, 1016, 2999, 5000, 65535)),
+    ])
+    def test_violations(self, chunks, code, detail):
+        found, text = violation(ws(), *chunks)
+        assert found == code and detail in text
+
+    def test_a_masked_frame_from_a_server(self):
+        client = tcpops.WebSocketFraming(100, True)
+        client.opened = True
+        with pytest.raises(tcpops.ProtocolError, match="masked"):
+            feed(client, frame(1, b"x"))
+
+    @pytest.mark.parametrize("payload, detail", [
+        (b"", "close frame 1005"), (b"\x03\xe8", "close frame 1000"),
+        (b"\x03\xe9going", "close frame 1001 going"),
+        (b"\x0f\xa0", "close frame 4000")])
+    def test_close(self, payload, detail):
+        framing = ws()
+        assert feed(framing, frame(8, payload) + frame(1, b"too late")) == []
+        assert framing.closed == detail
+        assert unframe(framing.output) == [(8, payload[:2])]
+        framing.output.clear()
+        assert framing.farewell("eof") == b"" and feed(framing, b"x") == []
+
+    @pytest.mark.parametrize("reason, code", [
+        ("closed", 1000), ("eof", 1000), ("shutdown", 1001),
+        ("lifetime", 1001), ("message", 1001)])
+    def test_farewell(self, reason, code):
+        framing = ws()
+        assert unframe(framing.farewell(reason)) == [
+            (8, code.to_bytes(2, "big"))]
+        assert framing.farewell(reason) == b""
+        feed(framing, frame(8, b"\x03\xe8"))  # the answer to it
+        assert framing.closed and not framing.output
+        assert tcpops.WebSocketFraming(9, False).farewell(reason) == b""
+
+    @pytest.mark.parametrize("old, new", [
+        (b"", b""),
+        (b"Upgrade: websocket", b"UPGRADE:  foo, WebSocket"),
+        (b"Connection: Upgrade", b"connection: keep-alive ,upgrade"),
+        (b"HTTP/1.1\r\n", b"HTTP/1.2\r\n"),
+        (b"Host:", b"X-Folded: a\r\n b\r\nhost:")])
+    def test_handshakes(self, old, new):
+        for step in (1, 1000):
+            framing = tcpops.WebSocketFraming(100, False)
+            data = HELLO.replace(old, new, 1)
+            feed(framing, *(data[i:i + step]
+                            for i in range(0, len(data), step)))
+            assert framing.opened and framing.output == WELCOME
+
+    @pytest.mark.parametrize("old, new, status, detail", [
+        (b"GET", b"POST", 400, "GET"),
+        (b"HTTP/1.1", b"HTTP/1.0", 400, "HTTP/1.1"),
+        (b"HTTP/1.1", b"SIP/2.0", 400, "HTTP/1.1"),
+        (b"GET /chat", b"GET", 400, "HTTP/1.1"),
+        (b"Host: server.example.com\r\n", b"", 400, "Host"),
+        (b"Host:", b"Host: a\r\nHost:", 400, "Host"),
+        (b"Upgrade: websocket\r\n", b"", 426, "Upgrade"),
+        (b"Upgrade: websocket", b"Upgrade: h2c", 426, "Upgrade"),
+        (b"Connection: Upgrade\r\n", b"", 400, "Connection"),
+        (b"dGhlIHNhbXBsZSBub25jZQ==", b"c2hvcnQ=", 400, "Key"),
+        (b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n", b"", 400, "Key"),
+        (b"Version: 13", b"Version: 8", 426, "Version"),
+        (b"Sec-WebSocket-Version: 13\r\n", b"", 426, "Version"),
+        (b"Host:", b"X: " + b"x" * 17000 + b"\r\nHost:", 400, None)])
+    def test_handshakes_that_are_refused(self, make_world, old, new, status,
+                                         detail):
+        world = make_world(framing="ws")
+        sock = socket.create_connection(("127.0.0.1", world.port), 5)
+        world.socks.append(sock)
+        sock.sendall(HELLO.replace(old, new, 1))
+        world.until(world.ends)
+        answer = b""
+        while (data := sock.recv(9999)):
+            answer += data
+        head, _, body = answer.partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 %d " % status)
+        assert b"Content-Length: %d\r\n" % len(body) in head + b"\r\n"
+        assert (b"Sec-WebSocket-Version: 13" in head) == (status == 426)
+        (event,) = world.events  # never opened
+        assert event.reason == "protocol" and event.proto == "ws"
+        assert body.decode().strip() in event.detail
+        assert detail is None or detail in event.detail
+
+    def test_headers_without_an_end(self, make_world):
+        world = make_world(framing="ws")
+        sock = socket.create_connection(("127.0.0.1", world.port), 5)
+        world.socks.append(sock)
+        sock.sendall(b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 3000)
+        world.until(world.ends)
+        assert b"400 Bad Request" in sock.recv(9999)
+
+    @pytest.mark.parametrize("offer, agreed", [
+        (b"sip", "sip"), (b"chat, sip", "sip"), (b"chat", None),
+        (b"chat\r\nSec-WebSocket-Protocol: sip", "sip")])
+    def test_subprotocols(self, offer, agreed):
+        framing = tcpops.WebSocketFraming(100, False)
+        feed(framing, HELLO[:-2] + b"Sec-WebSocket-Protocol: " + offer
+             + b"\r\n\r\n")
+        assert framing.subprotocol == agreed
+        line = b"Sec-WebSocket-Protocol: sip\r\n"
+        assert (line in framing.output) == (agreed == "sip")
+        assert (framing.message is tcpops.SipMessage) == (agreed == "sip")
+
+    def test_sip_over_websocket(self, make_world):
+        """RFC 7118: each message is a SIP message."""
+        world = make_world(framing="ws")
+        client = type("SipClient", (tcpops.WebSocketFraming,),
+                      {"offers": ("sip",)})
+        responses = []
+        world.ops.onreply_route(responses.append)
+        conid = world.ops.connect("127.0.0.1", world.port, framing=client)
+        world.ops.send(conid, OPTIONS.decode())
+        world.on_message = lambda msg: msg.reply(RINGING)
+        world.until(lambda: responses)
+        (msg,) = world.messages
+        assert (msg.method, msg.text) == ("OPTIONS", OPTIONS.decode())
+        assert (msg.proto, msg.header("f")) == (
+            "ws", "<sip:bob@example.com>;tag=1")
+        assert (responses[0].status, responses[0].text) == (180, None)
+
+    def test_refuse(self, make_world):
+        """A subclass may turn clients away."""
+        class Choosy(tcpops.WebSocketFraming):
+            def refuse(self, path, headers):
+                if ("origin", "https://good.example") not in headers:
+                    return f"no {path} for you"
+        world = make_world(framing=Choosy)
+        for origin, status in ((b"https://evil.example", b"403"),
+                               (b"https://good.example", b"101")):
+            sock = socket.create_connection(("127.0.0.1", world.port), 5)
+            world.socks.append(sock)
+            sock.sendall(HELLO[:-2] + b"Origin: " + origin + b"\r\n\r\n")
+            count = len(world.events)
+            world.until(lambda: len(world.events) > count)
+            assert sock.recv(999).startswith(b"HTTP/1.1 " + status)
+        assert "no /chat for you" in world.events[0].detail
+
+    @pytest.mark.parametrize("old, new, detail", [
+        (b"101 Switching", b"200 OK", "HTTP/1.1 200"),
+        (b"Upgrade: websocket", b"Upgrade: h2c", "Upgrade"),
+        (b"Connection: Upgrade", b"Connection: close", "Connection"),
+        (b"Accept: ", b"Accept: x", "Accept"),
+        (b"Connection:", b"Sec-WebSocket-Extensions: x\r\nConnection:",
+         "extension"),
+        (b"Connection:", b"Sec-WebSocket-Protocol: sip\r\nConnection:",
+         "subprotocol"),
+        (b"\r\n", b"x" * 17000, "no end")])
+    def test_answers_that_are_refused(self, make_world, old, new, detail):
+        world = make_world()
+        server = world.server()
+        host, port = server.getsockname()
+        conid = world.ops.connect(host, port, framing="ws")
+        peer = world.accept(server)
+        world.until(lambda: select.select([peer], [], [], 0)[0])
+        asked = peer.recv(9999)
+        assert asked.startswith(b"GET / HTTP/1.1\r\nHost: %s:%d\r\n" % (
+            host.encode(), port))
+        key = re.search(rb"Sec-WebSocket-Key: (\S+)\r\n", asked)[1].decode()
+        answer = re.sub(rb"(?<=Accept: )\S+",
+                        tcpops._accept_key(key).encode(), WELCOME)
+        assert world.ops.tcp_conid_state(conid) is State.CONNECT
+        peer.sendall(answer.replace(old, new, 1) if detail != "no end"
+                     else b"x" * 17000)
+        event = world.end(conid)
+        assert event.reason == "protocol" and detail in event.detail
+
+    def test_client_and_server(self, make_world):
+        world = make_world(framing="ws")
+        answers = []
+        world.ops.onreply_route(answers.append)
+        world.on_message = lambda msg: msg.reply(msg.payload)
+        conid = world.ops.connect("127.0.0.1", world.port, framing="ws")
+        assert world.ops.tcp_conid_state(conid) is State.CONNECT
+        assert world.ops.send(conid, "tëxt") and world.ops.send(conid, b"b")
+        world.until(lambda: len(answers) == 2)
+        assert [(m.text, m.data) for m in answers] == [
+            ("tëxt", "tëxt".encode()), (None, b"b")]
+        assert world.ops.tcp_close_connection(conid)
+        other = world.messages[0].conid
+        event = world.end(other)
+        assert (event.reason, event.detail) == ("eof", "close frame 1000")
+        assert world.end(conid).reason == "closed"
+        assert "tëxt" in repr(world.messages[0])
+
+    @pytest.mark.parametrize("how", ["close frame", "fin", "lifetime",
+                                     "violation", "shutdown", "closed"])
+    def test_ends(self, make_world, clock, how):
+        """What the peer is told, and what our event says."""
+        world = make_world(framing="ws", clock=clock)
+        sock = socket.create_connection(("127.0.0.1", world.port), 5)
+        world.socks.append(sock)
+        sock.sendall(HELLO)
+        world.until(lambda: world.events)
+        conid = world.events[0].conid
+        assert sock.recv(999) == WELCOME
+        told, reason = {
+            "close frame": (b"\x88\x02\x03\xe8", "eof"),
+            "fin": (b"\x88\x02\x03\xe8", "eof"),
+            "lifetime": (b"\x88\x02\x03\xe9", "lifetime"),
+            "violation": (frame(8, b"\x03\xeaopcode 3 is unknown", None),
+                          "protocol"),
+            "shutdown": (b"\x88\x02\x03\xe9", "shutdown"),
+            "closed": (b"\x88\x02\x03\xe8", "closed"),
+        }[how]
+        if how == "close frame":
+            sock.send(frame(8, b"\x03\xe8"))
+        elif how == "fin":
+            sock.shutdown(socket.SHUT_WR)
+        elif how == "lifetime":
+            clock.advance(120)
+        elif how == "violation":
+            sock.send(frame(3))
+        elif how == "shutdown":
+            world.ops.drain(1)
+        else:
+            world.ops.tcp_close_connection(conid)
+        assert world.end(conid).reason == reason
+        assert sock.recv(999) == told and sock.recv(9) == b""
+
+    def test_handshake_timeout(self, make_world, clock):
+        world = make_world(framing="ws", clock=clock)
+        sock = socket.create_connection(("127.0.0.1", world.port), 5)
+        world.socks.append(sock)
+        sock.sendall(HELLO[:50])
+        world.until(world.ops.connections)
+        (info,) = world.ops.connections()
+        assert (info.state, info.proto) == (State.ACCEPT, "ws")
+        clock.advance(19)
+        sock.sendall(HELLO[50:60])
+        world.settle()
+        clock.advance(1)
+        assert world.end(info.conid).reason == "message"
+
+    def test_pings_do_not_extend_a_message(self, make_world, clock):
+        world = make_world(framing="ws", clock=clock)
+        sock = socket.create_connection(("127.0.0.1", world.port), 5)
+        world.socks.append(sock)
+        sock.sendall(HELLO + frame(9))
+        world.until(lambda: world.events)
+        conid = world.events[0].conid
+        # Pings alone, however they fall into pieces, begin no message.
+        for _ in range(30):
+            sock.sendall(frame(9)[3:] + frame(9) + frame(9)[:3] if _ else
+                         frame(9) + frame(9)[:3])
+            world.settle()
+            clock.advance(1)
+        assert not world.ends()
+        sock.sendall(frame(9)[3:] + frame(1, b"x", final=False))
+        world.settle()
+        for _ in range(10):
+            assert not world.ends()
+            clock.advance(2)
+            sock.sendall(frame(9) + frame(0, b"x", final=False))
+            world.settle()
+        assert world.end(conid).reason == "message"
+
+    def test_a_flood_of_pings_leaves_room_for_others(self, make_world):
+        world = make_world(framing="ws")
+        socks = []
+        for _ in range(2):
+            sock = socket.create_connection(("127.0.0.1", world.port), 5)
+            world.socks.append(sock)
+            sock.sendall(HELLO)
+            count = len(world.events)
+            world.until(lambda: len(world.events) > count)
+            socks.append(sock)
+        conids = [event.conid for event in world.events]
+        socks[0].sendall(frame(9) * 5000)
+        socks[1].sendall(frame(1, b"me too"))
+        for conid in conids:
+            select_readable(world.ops._table.get(conid).sock)
+        sent = world.ops.connection(conids[0]).bytes_out
+        world.until(lambda: world.messages)
+        pongs = (world.ops.connection(conids[0]).bytes_out - sent) / 2
+        assert pongs <= 2 * tcpops._SHARE + 1
+        world.settle()
+        assert world.ops.connection(conids[0]).bytes_out - sent == 10000
+
+    @pytest.mark.skipif(not shutil.which("chromium"),
+                        reason="there is no chromium (apt-get install it)")
+    def test_a_browser(self, make_world, tmp_path):
+        """It opens, talks, text and binary, and closes with a code."""
+        world = make_world(framing="ws", max_message=1 << 20)
+        world.on_message = lambda msg: msg.reply(msg.payload)
+        page = tmp_path / "page.html"
+        page.write_text("""<script>
+            var ws = new WebSocket("ws://127.0.0.1:%d/chat", ["chat", "sip"]);
+            ws.binaryType = "arraybuffer";
+            ws.onopen = () => ws.send("h\u00e4llo " + ws.protocol);
+            ws.onmessage = e => {
+                if (typeof e.data == "string") {
+                    ws.send(new Uint8Array(70000));
+                } else {
+                    ws.close(3456, "got " + e.data.byteLength);
+                }
+            };
+            </script>""" % world.port, encoding="utf-8")
+        with subprocess.Popen(
+                ["chromium", "--headless", "--no-sandbox", "--disable-gpu",
+                 "--disable-dev-shm-usage", f"--user-data-dir={tmp_path}/u",
+                 "--remote-debugging-port=0", page.as_uri()],
+                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL, start_new_session=True) as browser:
+            try:
+                world.until(lambda: any(event.reason == "eof" for event
+                                        in world.ends()), 60)
+            finally:
+                os.killpg(browser.pid, signal.SIGKILL)
+        assert world.messages[0].text == "h\u00e4llo sip"
+        assert len(world.messages[1].data) == 70000
+        (event,) = world.ends()
+        assert event.reason == "eof"
+        assert event.detail == "close frame 3456 got 70000"
+
+
 class TestMessageTimeout:
     """Design: a message begun that is not complete ends as "message"."""
 
@@ -2892,10 +3597,10 @@ class TestSending:
 
         def on_message(msg):
             with pytest.raises(TypeError):
-                msg.reply("text")
+                msg.reply(["text"])
             raised.append(msg)
         world.on_message = on_message
-        for wrong in ("text", None, 5, [b"x"], object()):
+        for wrong in (None, 5, [b"x"], object()):
             with pytest.raises(TypeError, match="payload must be bytes"):
                 world.ops.send(conid, wrong)
             with pytest.raises(TypeError, match="payload must be bytes"):
@@ -3716,6 +4421,23 @@ class TestLoop:
         assert left.recv(9) == b""
         left.close()
 
+    def test_a_handler_that_closes_the_loop_with_the_last_line(self,
+                                                               make_world):
+        """What it says is the end, though the peer's FIN has been read."""
+        world = make_world(framing="line")
+        sock, conid = world.client()
+        world.on_message = lambda msg: world.ops.close()
+        states = []
+        world.on_event = lambda event: states.append(
+            world.ops.tcp_conid_state())
+        sock.sendall(b"last")
+        sock.shutdown(socket.SHUT_WR)
+        world.ops.step(5)
+        with contextlib.suppress(RuntimeError):  # closed by now
+            world.until(world.ends)
+        assert [event.reason for event in world.ends()] == ["shutdown"]
+        assert states == [State.NOT_FOUND]
+
     def test_close_while_a_dead_socket_waits(self, world):
         sock, conid = world.client()
         rst(sock)
@@ -4291,51 +5013,57 @@ CONDITIONS = [
     if (way, condition) != ("fin_then_rst_for_what_we_wrote", "paused")]
 
 
+def die(world, sock, conid, way, condition, probed, expected):
+    """Have a connection die; return its event, which is as expected."""
+    name, reason, number, before, within = expected
+    world.talk(sock, b"first words")
+    queued = 0
+    if condition == "paused":
+        world.fill(conid)
+        queued = len(world.ops._table.get(conid).out)
+    if condition != "idle":
+        sock.send(b"last words")
+    within_seen = []
+    world.on_event = lambda event: within_seen.append(
+        world.ops.tcp_conid_state())
+    getattr(Deaths, way)(world, sock, conid)
+    if probed:
+        for _ in range(2):
+            assert world.ops.tcp_conid_state(conid) == before
+    if queued and way in ("fin", "local_close"):
+        # The peer reads on: it gets all of it, then the end.
+        while not world.ends(conid):
+            world.ops.step(0)
+            sock.recv(1 << 20)
+    if way != "shutdown":
+        world.end(conid)
+    (event,) = world.ends(conid)
+    assert (event.name, event.reason, event.errno) == (name, reason,
+                                                       number)
+    assert within_seen == [within]
+    assert world.ops.tcp_conid_state(conid) is State.NOT_FOUND
+    data = b"".join(msg.data for msg in world.messages)
+    # What we end ourselves leaves what is unread unread.
+    unread = way in ("local_close", "shutdown") or (
+        (way, condition) == ("lifetime", "paused"))
+    if condition == "idle" or unread:
+        assert data == b"first words"
+    else:
+        assert data == b"first wordslast words"
+    return event
+
+
 class TestDeaths:
     """Each way to die, in each condition: one event, and the true one."""
 
     @pytest.mark.parametrize("probed", [False, True], ids=["", "probed"])
     @pytest.mark.parametrize("way, condition", CONDITIONS)
     def test_4_1_death(self, make_world, clock, way, condition, probed):
-        name, reason, number, before, within = DEATHS[way]
         world = make_world(clock=clock, max_write_buffer=1)
         world.clock = clock
         sock, conid = world.client()
-        world.talk(sock, b"first words")
-        queued = 0
-        if condition == "paused":
-            world.fill(conid)
-            queued = len(world.ops._table.get(conid).out)
-        if condition != "idle":
-            sock.send(b"last words")
-        within_seen = []
-        world.on_event = lambda event: within_seen.append(
-            world.ops.tcp_conid_state())
-        getattr(Deaths, way)(world, sock, conid)
-        if probed:
-            for _ in range(2):
-                assert world.ops.tcp_conid_state(conid) == before
-        if queued and way in ("fin", "local_close"):
-            # The peer reads on: it gets all of it, then the end.
-            while not world.ends(conid):
-                world.ops.step(0)
-                sock.recv(1 << 20)
-        if way != "shutdown":
-            world.end(conid)
-        (event,) = world.ends(conid)
-        assert (event.name, event.reason, event.errno) == (name, reason,
-                                                           number)
-        assert within_seen == [within]
-        assert world.ops.tcp_conid_state(conid) is State.NOT_FOUND
-        data = b"".join(msg.data for msg in world.messages)
-        # What we end ourselves leaves what is unread unread.
-        unread = way in ("local_close", "shutdown") or (
-            (way, condition) == ("lifetime", "paused"))
-        if condition == "idle" or unread:
-            assert data == b"first words"
-        else:
-            assert data == b"first wordslast words"
-        assert event.bytes_in == len(data)
+        event = die(world, sock, conid, way, condition, probed, DEATHS[way])
+        assert event.bytes_in == sum(len(m.data) for m in world.messages)
 
     def test_4_1_slow_reader_after_half_close(self, world):
         """Several megabytes, read in small bites."""
@@ -4399,7 +5127,692 @@ class TestDeaths:
         assert not ops._table and not ops._live
 
 
-# -- hosts that vanish ----------------------------------------------------------
+# -- TLS ----------------------------------------------------------------------
+
+
+def contexts(version=None, **how):
+    """Return (server's, client's) ssl.SSLContext for localhost."""
+    server = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    server.load_cert_chain(CERTIFICATE)
+    client = ssl.create_default_context(cafile=CERTIFICATE)
+    for context in (server, client):
+        if version is not None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)
+                context.minimum_version = context.maximum_version = version
+            if version < ssl.TLSVersion.TLSv1_2:
+                context.set_ciphers("DEFAULT@SECLEVEL=0")
+    return server, client
+
+
+class Peer:
+    """A client over "tcp", "tls", "ws" or "wss" that speaks by itself what
+    lies above the socket; everything else is the socket's.
+    """
+
+    def __init__(self, world, context=None, web=False, hostname="localhost"):
+        self.world = world
+        self.sock = socket.create_connection(("127.0.0.1", world.port), 5)
+        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        world.socks.append(self.sock)
+        self.web = web
+        self.tls = None
+        count = len(world.events)
+        if context:
+            self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+            self.tls = context.wrap_bio(self.incoming, self.outgoing,
+                                        server_hostname=hostname)
+            self.pump(self.tls.do_handshake)
+        if web:
+            self.sock.sendall(self.seal(HELLO))
+            assert self.receive(len(WELCOME)) == WELCOME
+        if context or web:
+            world.until(lambda: len(world.events) > count)
+        if context:
+            world.settle()  # the session tickets: read, or close is an RST
+            if select.select([self.sock], [], [], 0)[0]:
+                self.incoming.write(self.sock.recv(65536))
+            with contextlib.suppress(ssl.SSLWantReadError):
+                self.tls.read(1)
+
+    def __getattr__(self, name):
+        return getattr(self.sock, name)
+
+    def pump(self, function, *args):
+        """Have bytes go to and fro until the function needs no more."""
+        end = time.monotonic() + 5
+        while True:
+            try:
+                return function(*args)
+            except ssl.SSLWantReadError:
+                assert time.monotonic() < end
+            finally:
+                if self.outgoing.pending:
+                    self.sock.sendall(self.outgoing.read())
+            self.world.ops.step(0)
+            if select.select([self.sock], [], [], 0)[0]:
+                data = self.sock.recv(65536)
+                assert data, "the server has closed"
+                self.incoming.write(data)
+
+    def seal(self, data):
+        """Return data as TLS has it."""
+        if self.tls is None:
+            return data
+        self.tls.write(data)
+        return self.outgoing.read()
+
+    def wrap(self, payload):
+        """Return the bytes that send a message."""
+        return self.seal(frame(2, payload) if self.web else payload)
+
+    def send(self, payload):
+        self.sock.sendall(self.wrap(payload))
+
+    sendall = send
+
+    def receive(self, count):
+        """Return the next count bytes, decrypted."""
+        found = b""
+        while len(found) < count:
+            if self.tls is not None:
+                found += self.pump(self.tls.read, count - len(found))
+                continue
+            self.world.ops.step(0)
+            if select.select([self.sock], [], [], 0)[0]:
+                data = self.sock.recv(count - len(found))
+                assert data, found
+                found += data
+        return found
+
+    def rest(self):
+        """Return (what is left, decrypted; whether close_notify came)."""
+        raw = b""
+        self.sock.settimeout(5)
+        with contextlib.suppress(ConnectionResetError):
+            while (data := self.sock.recv(65536)):
+                raw += data
+        self.incoming.write(raw)
+        plain = b""
+        try:
+            while (data := self.tls.read(65536)):
+                plain += data
+        except ssl.SSLWantReadError:
+            return plain, False
+        except ssl.SSLZeroReturnError:  # it has had our close_notify, too
+            pass
+        return plain, True
+
+
+def shake(one, other):
+    """Have two TLS framings shake hands."""
+    one.begin("")
+    other.begin("")
+    for _ in range(4):
+        for a, b in ((one, other), (other, one)):
+            data = bytes(a.output)
+            a.output.clear()
+            b.receive(data)
+    assert one.opened and other.opened
+
+
+VERSIONS = [version for version in (
+    ssl.TLSVersion.TLSv1, ssl.TLSVersion.TLSv1_1, ssl.TLSVersion.TLSv1_2,
+    ssl.TLSVersion.TLSv1_3) if getattr(ssl, f"HAS_{version.name}")]
+
+
+class TestTls:
+    """Section 10 of the file."""
+
+    @pytest.fixture
+    def secure(self, make_world):
+        def make(version=None, **settings):
+            server, self.client = contexts(version)
+            return make_world(tls=server, **settings)
+        return make
+
+    @pytest.mark.parametrize("version", VERSIONS, ids=lambda v: v.name)
+    def test_versions(self, secure, version):
+        """Both sides of it, with each version; a megabyte each way."""
+        world = secure(version, max_write_buffer=1 << 24)
+        replies = []
+        world.ops.onreply_route(replies.append)
+        world.on_message = lambda msg: msg.reply(msg.data)
+        conid = world.ops.connect("localhost", world.port, tls=self.client)
+        assert world.ops.tcp_conid_state(conid) is State.CONNECT
+        big = random.Random(5).randbytes(1 << 20)
+        assert world.ops.send(conid, "hëllo")
+        assert world.ops.send(conid, big)
+        world.until(lambda: sum(len(m.data) for m in replies) > len(big))
+        assert b"".join(m.data for m in replies) == "hëllo".encode() + big
+        other = world.messages[0].conid
+        for number in (conid, other):
+            assert world.ops.tcp_conid_state(number) is State.OK
+            assert world.ops.connection(number).proto == "tls"
+        assert world.ops.tcp_close_connection(other)
+        event = world.end(conid)
+        assert (event.name, event.reason, event.detail) == (
+            "tcp:closed", "eof", "close_notify from the peer")
+        assert world.end(other).reason == "closed"
+
+    def test_every_split(self, secure):
+        """Records byte by byte, and data behind the handshake's last."""
+        world = secure(framing="line")
+        peer = Peer(world)
+        peer.incoming, peer.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        tls = self.client.wrap_bio(peer.incoming, peer.outgoing,
+                                   server_hostname="localhost")
+        with pytest.raises(ssl.SSLWantReadError):
+            tls.do_handshake()
+        for byte in peer.outgoing.read():
+            peer.sock.sendall(bytes([byte]))
+            world.settle()
+        peer.incoming.write(peer.sock.recv(65536))
+        tls.do_handshake()
+        tls.write(b"first\nsec")
+        tls.write(b"ond\n")
+        (info,) = world.ops.connections()
+        assert info.state is State.ACCEPT and not world.messages
+        peer.sock.sendall(peer.outgoing.read())
+        world.until(lambda: len(world.messages) == 2)
+        assert world.ops.tcp_conid_state(info.conid) is State.OK
+        tls.write(b"third\n" * 2000)
+        for byte in peer.outgoing.read():
+            peer.sock.sendall(bytes([byte]))
+            world.ops.step(0)
+        world.until(lambda: len(world.messages) == 2002)
+        assert [m.data for m in world.messages[:3]] == [
+            b"first", b"second", b"third"]
+
+    def test_both_directions_full(self, secure):
+        """Each side sends megabytes before it reads."""
+        world = secure(max_write_buffer=1 << 26)
+        peer = Peer(world, self.client)
+        (conid,) = {event.conid for event in world.events}
+        theirs = random.Random(1).randbytes(5 << 20)
+        ours = random.Random(2).randbytes(5 << 20)
+        assert world.ops.send(conid, ours)
+        out, got, received = peer.seal(theirs), bytearray(), []
+        peer.sock.setblocking(False)
+        while len(got) < len(ours) or out:
+            world.ops.step(0)
+            with contextlib.suppress(BlockingIOError):
+                out = out[peer.sock.send(out[:200000]):] if out else out
+            with contextlib.suppress(BlockingIOError):
+                peer.incoming.write(peer.sock.recv(200000))
+            with contextlib.suppress(ssl.SSLWantReadError):
+                while True:
+                    got += peer.tls.read(65536)
+        world.until(lambda: sum(len(m.data) for m in world.messages)
+                    == len(theirs))
+        assert b"".join(m.data for m in world.messages) == theirs
+        assert got == ours
+
+    @pytest.mark.parametrize("way, reason, name, detail", [
+        ("close_notify", "eof", "tcp:closed", "close_notify from the peer"),
+        ("close_notify, FIN", "eof", "tcp:closed",
+         "close_notify from the peer"),
+        ("close_notify, RST", "eof", "tcp:closed",
+         "close_notify from the peer"),
+        ("FIN", "protocol", "tcp:closed",
+         "TLS truncated: FIN without close_notify"),
+        ("FIN, RST", "protocol", "tcp:closed",
+         "TLS truncated: FIN without close_notify"),
+        ("RST", "reset", "tcp:reset", "Connection reset by peer"),
+        ("garbage", "protocol", "tcp:closed", "TLS: "),
+        ("garbage, RST", "protocol", "tcp:closed", "TLS: "),
+        ("closed", "closed", "tcp:closed", "closed by conid"),
+        ("lifetime", "lifetime", "tcp:timeout", "idle for 1 s"),
+        ("drain", "shutdown", "tcp:closed", "drained"),
+        ("close", "shutdown", "tcp:closed", "the loop was closed"),
+    ])
+    @pytest.mark.parametrize("probed", [False, True], ids=["", "probed"])
+    def test_ends(self, secure, clock, way, reason, name, detail, probed):
+        """Three ends of the peer's are told apart; ours say close_notify."""
+        world = secure(clock=clock, framing="line")
+        peer = Peer(world, self.client)
+        conid = world.events[0].conid
+        peer.send(b"last words\nand ")
+        for step in way.split(", "):
+            if step == "close_notify":
+                with contextlib.suppress(ssl.SSLWantReadError):
+                    peer.tls.unwrap()
+                peer.sock.sendall(peer.outgoing.read())
+            elif step == "FIN":
+                peer.sock.shutdown(socket.SHUT_WR)
+            elif step == "RST":
+                rst(peer.sock)
+            elif step == "garbage":
+                peer.sock.sendall(b"garbage that is no record")
+            elif step == "closed":
+                world.settle()
+                world.ops.tcp_close_connection(conid)
+            elif step == "lifetime":
+                world.settle()
+                world.ops.tcp_set_connection_lifetime(conid, 1)
+                clock.advance(1)
+            elif step == "drain":
+                world.settle()
+                world.ops.drain(1)
+            else:
+                world.settle()
+                world.ops.close()
+        if probed and not world.ops._closing:
+            state = world.ops.tcp_conid_state(conid)
+            assert state == (-3 if way == "RST" or way[-5:] == ", RST"
+                             and "FIN" not in way else
+                             -2 if "FIN" in way else
+                             -1 if reason in ("closed", "shutdown") else 1)
+        if way != "close":
+            world.end(conid)
+        (event,) = world.ends()
+        assert (event.reason, event.name) == (reason, name)
+        assert event.detail.startswith(detail)
+        assert event.errno == (errno.ECONNRESET if reason == "reset"
+                               else None)
+        assert [msg.data for msg in world.messages] == [b"last words"] + (
+            [b"and "] if "close_notify" in way else [])
+        if "RST" not in way:
+            if way == "garbage":
+                with pytest.raises(ssl.SSLError, match="(?i)alert|record"):
+                    peer.rest()
+            else:
+                assert peer.rest() == (b"", True)
+
+    @pytest.mark.parametrize("sent, detail", [
+        (b"GET / HTTP/1.0\r\n\r\n", "plain text on a TLS port"),
+        (b"OPTIONS sip:x SIP/2.0\r\n\r\n", "plain text on a TLS port"),
+        (bytes(100), "TLS handshake failed: "),
+        (b"\x16\x03\x01\x00\x05\x01\x00\x00\x01\x00", "TLS handshake failed"),
+        (b"\x15\x03\x01\x00\x02\x02\x28", "TLS handshake failed: "),
+    ])
+    def test_no_client_hello(self, secure, logged, sent, detail):
+        world = secure()
+        peer = Peer(world)
+        peer.sock.sendall(sent)
+        world.until(world.ends)
+        (event,) = world.events
+        assert (event.reason, event.proto) == ("protocol", "tls")
+        assert detail in event.detail and "\n" not in event.detail
+        assert not logged and not world.ops.connections()
+
+    @pytest.mark.parametrize("sent", [b"", b"\x16\x03\x01\x02\x00\x01"])
+    @pytest.mark.parametrize("way, reason, detail", [
+        ("fin", "protocol", "FIN within the TLS handshake"),
+        ("rst", "reset", "reset by peer"),
+        ("silence", "message", "not complete after 20 s")])
+    @pytest.mark.parametrize("probed", [False, True], ids=["", "probed"])
+    def test_a_handshake_that_breaks_off(self, secure, clock, logged, sent,
+                                         way, reason, detail, probed):
+        world = secure(clock=clock)
+        peer = Peer(world)
+        peer.sock.sendall(sent)
+        world.until(world.ops.connections)
+        world.settle()
+        (info,) = world.ops.connections()
+        assert info.state is State.ACCEPT
+        if way == "fin":
+            peer.sock.close()
+        elif way == "rst":
+            rst(peer.sock)
+        else:
+            clock.advance(20)
+        if probed:
+            assert world.ops.tcp_conid_state(info.conid) == {
+                "fin": -2, "rst": -3, "silence": 2}[way]
+        event = world.end(info.conid)
+        assert event.reason == reason and detail in event.detail
+        assert world.events == [event] and not logged
+
+    def test_closed_by_conid_within_the_handshake(self, secure):
+        """What was sent waits for it in vain; the end is ours all the same.
+        """
+        world = secure()
+        server = world.server()
+        conid = world.ops.connect(*server.getsockname(), tls=self.client,
+                                  server_hostname="localhost")
+        peer = world.accept(server)
+        world.until(lambda: select.select([peer], [], [], 0)[0])
+        assert world.ops.send(conid, b"waits")
+        assert world.ops.tcp_close_connection(conid)
+        assert world.ops.tcp_conid_state(conid) is State.NOT_FOUND
+        peer.close()
+        event = world.end(conid)
+        assert (event.reason, event.detail) == (
+            "closed", "closed by conid, 5 bytes unsent")
+
+    def test_what_comes_behind_close_notify_is_ignored(self):
+        server, client = contexts()
+        framing = tcpops.TlsFraming(
+            client, "localhost", tcpops.RawFraming(100, True))
+        other = tcpops.TlsFraming(
+            server, None, tcpops.RawFraming(100, False))
+        shake(framing, other)
+        late = b"no record at all"
+        assert feed(other, framing.farewell("closed")) == []
+        assert other.closed == "close_notify from the peer"
+        assert feed(other, late) == [] and other.finish() is None
+
+    def test_a_certificate_that_is_not_trusted(self, secure, logged):
+        """Each side is told the other's reason."""
+        world = secure()
+        strict = ssl.create_default_context()
+        conid = world.ops.connect("localhost", world.port, tls=strict)
+        event = world.end(conid)
+        assert event.reason == "protocol" and "self" in event.detail
+        world.until(lambda: len(world.ends()) == 2)
+        (other,) = [e for e in world.ends() if e.conid != conid]
+        assert other.reason == "protocol" and "unknown ca" in other.detail
+        assert not logged
+
+    @pytest.mark.parametrize("how, fits", [
+        ({}, True), ({"server_hostname": "localhost"}, True),
+        ({"server_hostname": "example.com"}, False)])
+    def test_the_name_in_the_certificate(self, secure, how, fits):
+        world = secure()
+        conid = world.ops.connect("127.0.0.1", world.port, tls=self.client,
+                                  **how)
+        world.until(lambda: any(e.conid == conid for e in world.events))
+        event = next(e for e in world.events if e.conid == conid)
+        assert (event.name == "tcp:opened") == fits
+        assert fits or "ostname mismatch" in event.detail
+
+    def test_client_certificates(self, make_world):
+        """A context's demands are kept, in both directions."""
+        server, client = contexts()
+        server.verify_mode = ssl.CERT_REQUIRED
+        server.load_verify_locations(CERTIFICATE)
+        world = make_world(tls=server)
+        conid = world.ops.connect("localhost", world.port, tls=client)
+        event = world.end(conid)
+        assert event.reason == "protocol" and "certificate" in event.detail
+        client.load_cert_chain(CERTIFICATE)
+        conid = world.ops.connect("localhost", world.port, tls=client)
+        world.ops.send(conid, b"let me in")
+        world.until(lambda: world.messages)
+
+    @pytest.mark.parametrize("call", [
+        lambda ops, tls: ops.listen("127.0.0.1", 0, tls="yes"),
+        lambda ops, tls: ops.listen("127.0.0.1", 0, tls=True),
+        lambda ops, tls: ops.listen("127.0.0.1", 0, tls=ssl),
+        lambda ops, tls: ops.connect("127.0.0.1", 9, tls=object()),
+        lambda ops, tls: ops.connect("127.0.0.1", 9, server_hostname="x"),
+        lambda ops, tls: ops.connect("127.0.0.1", 9, tls=tls,
+                                     server_hostname=""),
+    ])
+    def test_wrong_arguments(self, world, call):
+        with pytest.raises(ValueError):
+            call(world.ops, contexts()[1])
+        assert not world.ops.connections()
+
+    def test_a_client_s_context_on_a_listener(self, world):
+        if sys.version_info < (3, 10):
+            return  # there it is noticed with the first client
+        with pytest.raises(ssl.SSLError, match="server"):
+            world.ops.listen("127.0.0.1", 0, tls=contexts()[1])
+
+    def test_session_tickets(self, secure):
+        world = secure(ssl.TLSVersion.TLSv1_2)
+        world.on_message = lambda msg: msg.reply(msg.data)
+        first = Peer(world, self.client)
+        session = first.tls.session
+        incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        second = Peer(world)
+        second.incoming, second.outgoing = incoming, outgoing
+        second.tls = self.client.wrap_bio(
+            incoming, outgoing, server_hostname="localhost", session=session)
+        second.pump(second.tls.do_handshake)
+        assert second.tls.session_reused
+        second.send(b"again")
+        assert second.receive(5) == b"again"
+
+    def test_close_with_a_reply_queued(self, secure):
+        """The reply, then close_notify, arrive."""
+        world = secure()
+        answer = random.Random(3).randbytes(3 << 20)
+        world.on_message = lambda msg: (
+            msg.reply(answer), world.ops.tcp_close_connection())
+        peer = Peer(world, self.client)
+        peer.send(b"?")
+        world.until(lambda: world.messages)
+        raw = bytearray()
+        peer.sock.setblocking(False)
+        while not world.ends():
+            world.ops.step(0)
+            with contextlib.suppress(BlockingIOError):
+                raw += peer.sock.recv(65536)
+        peer.incoming.write(raw)
+        peer.sock.setblocking(True)
+        assert peer.rest() == (answer, True)
+        assert world.ends()[0].reason == "closed"
+
+    def test_a_record_that_drips(self, secure, clock):
+        """Its bytes renew the lifetime, but not the message's time."""
+        world = secure(clock=clock)
+        peer = Peer(world, self.client)
+        record = peer.wrap(b"x" * 100)
+        for byte in record[:10]:
+            peer.sock.sendall(bytes([byte]))
+            world.settle()
+            assert not world.ends()
+            clock.advance(2)
+        world.settle()
+        assert [event.reason for event in world.ends()] == ["message"]
+
+    @pytest.mark.parametrize("seed", range(3))
+    def test_random_bytes(self, secure, seed, logged):
+        """Whatever comes, and wherever it breaks: one event, no traceback."""
+        choose = random.Random(seed)
+        framing = choose.choice(["raw", "line", "sip", "ws"])
+        world = secure(framing=framing)
+        before = len(os.listdir("/proc/self/fd"))
+        for n in range(40):
+            if choose.random() < 0.5:
+                peer = Peer(world, self.client, framing == "ws")
+                text = bytearray(peer.seal(choose.randbytes(500)))
+                for _ in range(choose.randrange(4)):
+                    text[choose.randrange(len(text))] ^= choose.randrange(256)
+            else:
+                peer = Peer(world)
+                text = bytes([0x16, 3, 1]) + choose.randbytes(500)
+            while text and select.select([], [peer.sock], [], 0)[1]:
+                size = choose.randrange(1, 200)
+                with contextlib.suppress(ConnectionError):
+                    peer.sock.send(text[:size])
+                text = text[size:]
+                world.ops.step(0)
+            (rst if choose.random() < 0.5 else socket.socket.close)(peer.sock)
+        world.until(lambda: not world.ops.connections())
+        world.settle()
+        ended = [event.conid for event in world.ends()]
+        assert len(ended) == len(set(ended)) == 40
+        assert len(os.listdir("/proc/self/fd")) == before
+        assert not [line for line in logged if "raised" in line]
+
+    def test_a_renegotiation_holds_a_write_back(self):
+        """The record waits until OpenSSL has read what it wants."""
+        server, client = contexts()
+        framing = tcpops.TlsFraming(
+            client, "localhost", tcpops.RawFraming(100, True))
+        other = tcpops.TlsFraming(
+            server, None, tcpops.RawFraming(100, False))
+        shake(framing, other)
+
+        class Busy:
+            def write(self, data):
+                raise ssl.SSLWantReadError
+
+            def read(self, size):
+                raise ssl.SSLWantReadError
+        tls, framing._tls = framing._tls, Busy()
+        assert framing.encode(b"a") == framing.encode(b"b") == b""
+        framing._tls = tls
+        framing.receive(b"")
+        assert feed(other, bytes(framing.output)) == [b"ab"]
+
+    @needs("openssl")
+    def test_openssl_s_client(self, secure):
+        """A real client, and TLS 1.3 keys renewed in both directions."""
+        world = secure(framing="line")
+        world.on_message = lambda msg: msg.reply(msg.data)
+        with subprocess.Popen(
+                ["openssl", "s_client", "-connect", f"127.0.0.1:{world.port}",
+                 "-CAfile", CERTIFICATE, "-verify_return_error"], text=True,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL) as client:
+            for line in ("one", "K", "two", "k", "three"):
+                received = world.ops.stats()["bytes_in"]
+                client.stdin.write(line + "\n")
+                client.stdin.flush()
+                if len(line) > 1:
+                    world.until(lambda: world.messages
+                                and world.messages[-1].data == line.encode())
+                else:  # the client is to read one line at a time
+                    world.until(lambda: world.ops.stats()[
+                        "bytes_in"] > received)
+            client.stdin.close()
+            world.until(world.ends)
+            shown = client.stdout.read()
+        assert [m.data for m in world.messages] == [b"one", b"two", b"three"]
+        assert "Verification: OK" in shown and "\nthree\n" in shown
+        assert world.ends()[0].reason == "eof"
+
+
+# -- the same over every transport --------------------------------------------
+
+
+TRANSPORTS = ["tcp", "tls", "ws", "wss"]
+
+
+@pytest.fixture
+def transport(make_world):
+    """Return a maker of (world, its client, the client's conid)."""
+    server, client = contexts()
+
+    def make(proto, **settings):
+        web = proto.startswith("ws")
+        secure = proto in ("tls", "wss")
+        world = make_world(framing="ws" if web else "raw",
+                           tls=server if secure else None, **settings)
+        peer = Peer(world, client if secure else None, web)
+        world.until(lambda: world.events)
+        return world, peer, world.events[0].conid
+    return make
+
+
+class TestTransports:
+    """What the specification names answers the same over all of them."""
+
+    @pytest.mark.parametrize("proto", TRANSPORTS)
+    def test_3_states_keepalive_and_lifetime(self, transport, clock, proto):
+        world, peer, conid = transport(proto, clock=clock, closed_event=2)
+        ops = world.ops
+        (opened,) = world.events
+        assert (opened.name, opened.proto) == ("tcp:opened", proto)
+        assert ops.connection(world.listener).proto == proto
+        quiet = State.ACCEPT if proto == "tcp" else State.OK
+        assert ops.tcp_conid_state(conid) is quiet  # no byte has moved
+        asked = []
+        world.on_message = lambda msg: asked.extend([
+            msg.proto, ops.conid, ops.tcp_conid_alive(), ops.tcp_conid_state(),
+            ops.tcp_keepalive_enable(60, 5, 7),
+            ops.connection(conid).keepalive,
+            ops.tcp_keepalive_disable(), ops.connection(conid).keepalive,
+            ops.tcp_keepalive_enable("0", "5", "5"),
+            ops.tcp_set_connection_lifetime("10"),
+            ops.tcp_enable_closed_event()])
+        assert world.talk(peer, b"hello").data == b"hello"
+        assert asked == [proto, conid, 1, 1, 1, (60, 5, 7), 1, None, -1, 1, 1]
+        assert ops.tcp_conid_state(conid) is State.OK
+        assert ops.tcp_get_conid("127.0.0.1:%d" % peer.getsockname()[1]
+                                 ) == conid
+        clock.advance(9)
+        world.talk(peer, b"renews it")
+        clock.advance(9)
+        world.settle()
+        assert ops.tcp_conid_alive(conid) and not world.ends()
+        within = []
+        world.on_event = lambda event: within.append(ops.tcp_conid_state())
+        clock.advance(1)
+        event = world.end(conid)
+        assert (event.name, event.reason, event.errno, event.proto) == (
+            TIMEOUT, "lifetime", None, proto)
+        assert within == [-3] and ops.tcp_conid_state(conid) == -1
+
+    @pytest.mark.parametrize("probed", [False, True], ids=["", "probed"])
+    @pytest.mark.parametrize("way, condition", CONDITIONS)
+    @pytest.mark.parametrize("proto", TRANSPORTS[1:])
+    def test_4_1_death(self, transport, clock, proto, way, condition, probed):
+        world, peer, conid = transport(proto, clock=clock, max_write_buffer=1)
+        world.clock = clock
+        name, reason, number, before, within = DEATHS[way]
+        if reason == "eof" and proto in ("tls", "wss"):
+            reason, within = "protocol", -3  # a FIN without close_notify
+        die(world, peer, conid, way, condition, probed,
+            (name, reason, number, before, within))
+
+    @real_time
+    @pytest.mark.parametrize("flight", ["idle", "in flight"])
+    def test_3_3_vanished(self, transport, flight):
+        """All at once, since they take seconds."""
+        dying = []
+        for proto in TRANSPORTS:
+            world, peer, conid = transport(proto)
+            # An answer acknowledges, or the vanished one would go on asking.
+            world.on_message = lambda msg: msg.reply(b"hello")
+            world.talk(peer, b"hello")
+            select_readable(peer.sock)
+            peer.sock.recv(100)
+            assert world.ops.tcp_keepalive_enable(conid, 1, 1, 1)
+            vanish(peer.sock)
+            if flight == "in flight":
+                world.ops.send(conid, b"into the void")
+            dying.append((world, conid))
+        start = time.monotonic()
+        while time.monotonic() < start + 3.5:
+            for world, conid in dying:
+                world.ops.step(0.02)
+        for world, conid in dying:
+            (event,) = world.ends()
+            assert (event.name, event.reason) == (TIMEOUT, "keepalive")
+            assert event.errno == errno.ETIMEDOUT
+
+    @pytest.mark.parametrize("proto", TRANSPORTS)
+    def test_a_slow_reader_after_its_fin(self, transport, proto):
+        """It gets its whole answer, and over TLS learns that it is whole."""
+        world, peer, conid = transport(proto)
+        answer = random.Random(1).randbytes(3 << 20)
+        world.on_message = lambda msg: msg.reply(answer)
+        peer.send(b"?")
+        if peer.tls is not None:
+            with contextlib.suppress(ssl.SSLWantReadError):
+                peer.tls.unwrap()
+            peer.sock.sendall(peer.outgoing.read())
+        peer.sock.shutdown(socket.SHUT_WR)
+        world.until(lambda: world.messages)
+        raw = bytearray()
+        peer.sock.setblocking(False)
+        while not world.ends():
+            world.ops.step(0)
+            with contextlib.suppress(BlockingIOError):
+                raw += peer.sock.recv(100000)
+        peer.sock.setblocking(True)
+        if peer.tls is not None:
+            peer.incoming.write(raw)
+            raw, notified = peer.rest()
+            assert notified
+        else:
+            while (data := peer.sock.recv(100000)):
+                raw += data
+        if peer.web:
+            (message, *rest) = unframe(bytes(raw))
+            assert message == (2, answer) and rest == [(8, b"\x03\xe8")]
+        else:
+            assert raw == answer
+        assert [event.reason for event in world.ends()] == ["eof"]
+
+
+# -- hosts that vanish --------------------------------------------------------
 
 
 def run(*command, **how):
@@ -4579,7 +5992,7 @@ class TestVanished:
             TIMEOUT, "connect", errno.EHOSTUNREACH)
 
 
-# -- at scale, and at random ----------------------------------------------------
+# -- at scale, and at random --------------------------------------------------
 
 
 SEEDS = [int(seed) for seed in os.environ.get("SEEDS", "1 2 3").split()]
@@ -4877,7 +6290,7 @@ class TestScale:
 # -- faults: a server in a process of its own, and what bystanders notice -----
 
 VICTIM = """
-import json, logging, resource, sys, threading
+import json, logging, os, resource, sys, threading
 import tcpops
 settings, framing, limit = json.loads(sys.argv[1])
 if limit:
@@ -4910,6 +6323,7 @@ def read():
 listener = ops.listen("127.0.0.1", 0, framing=framing)
 threading.Thread(target=read, daemon=True).start()
 ops.run()
+os._exit(0)  # the thread may hold the lock of sys.stdin, which Python minds
 """
 
 HOSTILE = """
@@ -4948,6 +6362,9 @@ class Victim:
         self.process = subprocess.Popen(
             [sys.executable, "-c", VICTIM,
              json.dumps([settings, framing, limit])], cwd=HERE, text=True,
+            # Its speed is looked at, so it is not traced for coverage.
+            env={name: value for name, value in os.environ.items()
+                 if not name.startswith("COVERAGE")},
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log)
         self.port = self.ask("ops.connection(listener).Rp")
         self.socks = []
@@ -5731,6 +7148,108 @@ class TestRoutes:
         assert status == 1 and f"routes.py{says}" in line
 
 
+class TestCommandLineLayers:
+    """--framing sip and ws, --certfile and its like."""
+
+    def test_tls(self, cli, tmp_path):
+        """Two programs, one each side; certificate and key in two files."""
+        text = Path(CERTIFICATE).read_text()
+        at = text.index("-----BEGIN PRIVATE")
+        (tmp_path / "cert").write_text(text[:at])
+        (tmp_path / "key").write_text(text[at:])
+        server = cli("--listen", 0, "--certfile", tmp_path / "cert",
+                     "--keyfile", tmp_path / "key", "--echo")
+        line = server.until(r"listening on \S+:(\d+) \(conid 1, tls, raw\);"
+                            r" try: openssl s_client -quiet -connect \S+:\1$")
+        client = cli("--connect", f"localhost:{line[1]}", "--cafile",
+                     CERTIFICATE, "--console")
+        client.until(r"connecting to 127.0.0.1:\d+ \(conid 1, tls, raw\)")
+        client.until("tcp:opened .* tls ")
+        client.type("send 1 hello")
+        client.until("message .* 5 bytes  b'hello'")
+        client.type("quit")
+        assert client.end()[::2] == (0, "")
+        server.until(r"tcp:closed .* eof .*close_notify from the peer")
+        assert server.end(signal.SIGINT)[::2] == (0, "")
+
+    def test_not_trusted(self, cli):
+        server = cli("--listen", 0, "--certfile", CERTIFICATE)
+        port = server.port()
+        client = cli("--connect", f"localhost:{port}", "--tls")
+        client.until("tcp:closed .* protocol .*handshake failed")
+        status, _, err = client.end()
+        assert status == 1 and "no connection was made" in err
+
+    def test_websocket(self, cli):
+        server = cli("--listen", 0, "--framing", "ws", "--echo", "--console")
+        port = server.until(r"\(conid 1, ws\); try: new WebSocket\('ws://"
+                            r"127.0.0.1:(\d+)'\) in a browser")[1]
+        client = cli("--connect", f"127.0.0.1:{port}", "--framing", "ws",
+                     "--console", "--json")
+        client.until("tcp:opened")
+        client.type(r"send 1 h\xc3\xa4llo")
+        shown = json.loads(client.until('"message"').string)
+        assert (shown["text"], shown["bytes"]) == ("h\u00e4llo", 6)
+        client.type(r"send 1 \xff")
+        shown = json.loads(client.until('"message"').string)
+        assert (shown["text"], shown["data"]) == (None, "\xff")
+        server.until("message .* 6 bytes  'h\u00e4llo'")
+        server.type("list")
+        server.until("conid 1  listening on .*, ws$")
+        client.type("quit")
+        client.end()
+        server.until("eof .*close frame 1001")
+        server.type("quit")
+        server.end()
+
+    def test_sip(self, cli):
+        server = cli("--listen", 0, "--framing", "sip")
+        port = server.until(r"\(conid 1, sip\); try: nc 127.0.0.1 (\d+)")[1]
+        with socket.create_connection(("127.0.0.1", int(port)), 5) as sock:
+            sock.sendall(OPTIONS * 2)
+            for _ in range(2):
+                server.until(f"message .* {len(OPTIONS)} bytes ")
+
+    @pytest.mark.parametrize("options, status, line", [
+        (("--listen", 0, "--certfile", "/no/such"), 1,
+         "cannot use /no/such: No such file or directory"),
+        (("--listen", 0, "--certfile", HERE / "README.md"), 1,
+         "cannot use .*README.md: "),
+        (("--listen", 0, "--certfile", CERTIFICATE, "--keyfile", "/no/such"),
+         1, "cannot use .*localhost.pem and /no/such: No such file"),
+        (("--connect", "127.0.0.1:9", "--cafile", "/no/such"), 1,
+         "cannot use /no/such: No such file"),
+        (("--listen", 0, "--keyfile", CERTIFICATE), 2, "needs --certfile"),
+        (("--connect", "127.0.0.1:9", "--certfile", CERTIFICATE), 2,
+         "--certfile is for --listen"),
+        (("--listen", 0, "--tls"), 2, "are for --connect"),
+        (("--listen", 0, "--cafile", CERTIFICATE), 2, "are for --connect"),
+        (("--listen", 0, "--framing", "tls"), 2, "invalid choice"),
+    ])
+    def test_what_cannot_work(self, options, status, line):
+        found, text = refused(*options)
+        assert found == status and re.search(line, text)
+
+    def test_a_key_with_a_password(self, tmp_path):
+        """It is not asked for: who starts a server may not be there."""
+        key = tmp_path / "key.pem"
+        key.write_text(LOCKED_KEY)
+        status, text = refused("--listen", 0, "--certfile", CERTIFICATE,
+                               "--keyfile", key)
+        assert status == 1 and "asks for a password" in text
+
+
+LOCKED_KEY = """\
+-----BEGIN ENCRYPTED PRIVATE KEY-----
+MIHsMFcGCSqGSIb3DQEFDTBKMCkGCSqGSIb3DQEFDDAcBAjgUz93605p3gICCAAw
+DAYIKoZIhvcNAgkFADAdBglghkgBZQMEASoEELdaw/FbEzeGyOdcPjYG9AUEgZDV
+fgGVCrjVkkWu3qYbh5VXVYFQ4FQwNAX/SNoZz0/JYhhb71+/T7nl1eRdryZRTc+k
+jd4yyw7mvYaAKioj/asCkf5sgjjCQxqtGOk+1MwAUtXhwjuxvjMFlnDy2GXWyIzp
+5zQfXLut7Amq9+dhV7um/4KKe23nmJ/lw2Il6QUu2YDO1+2ij0353zHsXZ9QbPA=
+-----END ENCRYPTED PRIVATE KEY-----
+"""
+
+
 class TestControl:
     """--control PATH and --call PATH."""
 
@@ -5947,7 +7466,7 @@ class TestReadme:
         assert (done.stdout, done.stderr) == (out, "")
 
     def test_the_framing_of_one_s_own(self, make_world):
-        code = re.findall(r"```python\n(.*?)```", README, re.S)[1]
+        code = re.findall(r"```python\n(.*?)```", README, re.S)[2]
         space = {"tcpops": tcpops}
         exec(code, space)
         text = b"5:hello,0:,3:abc,1:"
@@ -6011,7 +7530,18 @@ class TestReadme:
             assert (HERE / link).exists()
 
     def test_the_default_framings(self):
-        assert list(tcpops._FRAMINGS) == ["raw", "line"]
+        rows = table("| framing | a message is | what is sent |")
+        assert [row[0].strip('`"') for row in rows] == list(tcpops._FRAMINGS)
+
+    def test_tls(self, make_world, monkeypatch):
+        monkeypatch.chdir(HERE)
+        world = make_world()
+        code = re.findall(r"```python\n(.*?)```", README, re.S)[1]
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = str(free.getsockname()[1])
+        exec(code.replace("8443", port), {"ssl": ssl, "ops": world.ops})
+        world.until(lambda: len(world.events) == 2)
+        assert {event.proto for event in world.events} == {"wss"}
 
 
 class TestExamples:
@@ -6020,7 +7550,7 @@ class TestExamples:
     def test_an_example_prints_what_it_says(self, name, tmp_path):
         path = HERE / "examples" / name
         text = path.read_text(encoding="utf-8")
-        assert text.count("\n") < 50
+        assert text.count("\n") < (200 if "--listen" in text else 50)
         doc = ast.get_docstring(ast.parse(text))
         said = re.search(r"Prints:\n(.*)", doc, re.S)[1]
         said = re.sub(r"^    ", "", said, flags=re.M).strip() + "\n"
@@ -6030,3 +7560,100 @@ class TestExamples:
                               timeout=30)
         assert (done.stdout, done.stderr, done.returncode) == (said, "", 0)
         assert time.monotonic() - start < 10  # 3 s on a machine at leisure
+
+    @pytest.mark.parametrize("name", ["sip_server", "tls_echo", "ws_chat"])
+    def test_a_server_stays_up(self, name):
+        with serving(name) as address, socket.create_connection(
+                address, 5) as sock:
+            if name == "tls_echo":
+                sock = contexts()[1].wrap_socket(
+                    sock, server_hostname="localhost")
+            sock.sendall(OPTIONS if name == "sip_server" else
+                         b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            answer = sock.recv(9)
+            sock.close()
+        assert answer == {"sip_server": b"SIP/2.0 2", "tls_echo": b"GET / HTT",
+                          "ws_chat": b"HTTP/1.1 "}[name]
+
+    @needs("sipp")
+    @pytest.mark.parametrize("transport", ["t1", "tn"],
+                             ids=["one connection", "one per call"])
+    def test_sipp(self, transport, tmp_path):
+        """OPTIONS, and calls from a caller to a callee, none failed."""
+        scenario = tmp_path / "options.xml"
+        scenario.write_text(SIPP_OPTIONS)
+        with serving("sip_server") as (host, port), \
+                socket.create_server((host, 0)) as free:
+            callee = f"{host}:{free.getsockname()[1]}"
+            free.close()
+            common = ["-i", host, "-nostdin", "-timeout", "60",
+                      "-max_socket", "2000"]
+            sipp(tmp_path, *common, "-t", transport, "-m", 1500, "-r", 500,
+                 "-sf", scenario, f"{host}:{port}")
+            with subprocess.Popen(
+                    ["sipp", *common, "-sn", "uas", "-t", "t1", "-p",
+                     callee.split(":")[1], "-m", "200"], cwd=tmp_path,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL) as server:
+                try:
+                    await_listener(host, callee.split(":")[1])
+                    sipp(tmp_path, *common, "-t", transport, "-m", 200, "-r",
+                         100, "-sn", "uac", "-rsa", f"{host}:{port}", callee)
+                finally:
+                    server.kill()
+
+
+SIPP_OPTIONS = """<?xml version="1.0" encoding="ISO-8859-1" ?>
+<scenario name="OPTIONS">
+<send retrans="500"><![CDATA[
+OPTIONS sip:[remote_ip]:[remote_port] SIP/2.0
+Via: SIP/2.0/[transport] [local_ip]:[local_port];branch=[branch]
+From: <sip:sipp@[local_ip]>;tag=[call_number]
+To: <sip:[remote_ip]>
+Call-ID: [call_id]
+CSeq: 1 OPTIONS
+Content-Length: 0
+
+]]></send>
+<recv response="200"></recv>
+</scenario>
+"""
+
+
+def sipp(directory, *args):
+    """Run sipp; all its calls must succeed."""
+    done = subprocess.run(["sipp", *map(str, args)], cwd=directory,
+                          stdin=subprocess.DEVNULL, capture_output=True,
+                          text=True, timeout=90)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr
+    assert re.findall(r"Failed call .*\| +(\d+) *$", done.stdout,
+                      re.M)[-1] == "0"
+
+
+def await_listener(host, port):
+    """Wait until somebody listens there, without connecting."""
+    end = time.monotonic() + 10
+    wanted = "0A"  # TCP_LISTEN in /proc/net/tcp
+    while time.monotonic() < end:
+        for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == wanted and int(fields[1][-4:], 16) == int(port):
+                return
+        pause(0.02)
+    raise AssertionError("nobody listens")
+
+
+@contextlib.contextmanager
+def serving(name):
+    """Run an example that stays up; yield its address."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with subprocess.Popen(
+            [sys.executable, str(HERE / "examples" / f"{name}.py"),
+             "--listen", f"127.0.0.1:{port}"],
+            stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert str(port) in process.stdout.readline()
+            yield "127.0.0.1", port
+        finally:
+            process.kill()

@@ -1,0 +1,76 @@
+"""Echo over TLS: ends that must not be taken for each other.
+
+    python examples/tls_echo.py
+    python examples/tls_echo.py --listen 127.0.0.1:5061
+        stays up; then try, in another terminal:
+        openssl s_client -quiet -CAfile examples/localhost.pem \
+            -connect localhost:5061
+
+Prints:
+    b'hello' came back over tls
+    close_notify: eof (close_notify from the peer)
+    only a FIN: protocol (TLS truncated: FIN without close_notify)
+    plain text: protocol (TLS handshake failed: http request \
+(plain text on a TLS port?))
+"""
+
+import argparse
+import socket
+import ssl
+import sys
+import threading
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import tcpops
+
+parser = argparse.ArgumentParser(description="Echo over TLS.")
+parser.add_argument("--listen", metavar="HOST:PORT")
+options = parser.parse_args()
+
+certificate = Path(__file__).with_name("localhost.pem")  # worthless elsewhere
+server_side = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+server_side.load_cert_chain(certificate)
+client_side = ssl.create_default_context(cafile=certificate)
+
+ops = tcpops.TcpOps()
+ops.request_route(lambda msg: msg.reply(msg.data))
+
+
+@ops.event_route("tcp:closed")
+def closed(event):
+    print(f"{clients.get(event.sp, event.sp)}: {event.reason}"
+          f" ({event.detail})", flush=True)
+
+
+def client(how):
+    """An ordinary client, with blocking sockets, in a thread."""
+    sock = socket.create_connection(address)
+    clients[sock.getsockname()[1]] = how
+    if how == "plain text":
+        sock.sendall(b"GET / HTTP/1.1\r\n\r\n")
+    else:
+        sock = client_side.wrap_socket(sock, server_hostname="localhost")
+        sock.sendall(b"hello")
+        data = sock.recv(100)
+        if how == "close_notify":
+            print(data, "came back over tls")
+            sock = sock.unwrap()
+    sock.close()
+
+
+clients = {}
+listener = ops.connection(ops.listen(
+    *tcpops.parse_address(options.listen or "127.0.0.1:0", 0),
+    tls=server_side))
+address = listener.Ri, listener.Rp
+if options.listen:
+    print("listening on %s:%d" % address, flush=True)
+    ops.run()
+for number, how in enumerate(("close_notify", "only a FIN", "plain text")):
+    thread = threading.Thread(target=client, args=(how,))
+    thread.start()
+    while sum(ops.stats()["ended"].values()) <= number:
+        ops.step()
+    thread.join()
+ops.close()

@@ -1,0 +1,124 @@
+"""A chat over WebSocket, served to a browser.
+
+    python examples/ws_chat.py
+    python examples/ws_chat.py --listen 127.0.0.1:8080
+        stays up; open http://127.0.0.1:8080 in two browsers
+
+Prints:
+    the page: HTTP/1.1 200 OK
+    ann hears: 4 joined
+    ann hears: 5 joined
+    bob hears: 5 joined
+    ann hears: 5: hello
+    bob hears: 5: hello
+    ann hears: 5 left (close frame 1000)
+"""
+
+import argparse
+import socket
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import tcpops
+
+PAGE = """<!DOCTYPE html>
+<meta charset="utf-8">
+<title>Chat</title>
+<form id="form">
+  <input id="said" autofocus autocomplete="off">
+</form>
+<pre id="heard"></pre>
+<script>
+  const ws = new WebSocket("ws://ADDRESS");
+  const show = text => heard.textContent += text + "\\n";
+  ws.onopen = () => show("you are in");
+  ws.onmessage = event => show(event.data);
+  ws.onclose = event => show("closed, code " + event.code);
+  form.onsubmit = () => {
+    ws.send(said.value);
+    said.value = "";
+    return false;
+  };
+</script>
+</html>
+"""
+parser = argparse.ArgumentParser(description="A chat, served to a browser.")
+parser.add_argument("--listen", metavar="HOST:PORT")
+options = parser.parse_args()
+ops = tcpops.TcpOps(connection_lifetime=3600)
+
+
+def tell_all(text):
+    """Send to whoever is in; who does not read in time is left out."""
+    for info in ops.connections():
+        if info.proto == "ws":
+            ops.send(info.conid, text)
+
+
+@ops.request_route
+def on_message(msg):
+    if msg.proto == "ws":
+        tell_all(f"{msg.conid}: {msg.text}")
+    elif msg.data == b"":  # HTTP, line by line: the end of the headers
+        body = PAGE.replace("ADDRESS", chat)
+        msg.reply("HTTP/1.1 200 OK\r\nContent-Type: text/html; charset=utf-8"
+                  f"\r\nContent-Length: {len(body.encode())}\r\n"
+                  f"Connection: close\r\n\r\n{body}")
+        ops.tcp_close_connection()
+
+
+@ops.event_route("tcp:opened")
+def joined(event):
+    if event.proto == "ws":
+        tell_all(f"{event.conid} joined")
+
+
+@ops.event_route("tcp:closed")
+def left(event):
+    if event.proto == "ws":
+        tell_all(f"{event.conid} left ({event.detail})")
+
+
+host, port = tcpops.parse_address(options.listen or "127.0.0.1:0", 0)
+page = ops.connection(ops.listen(host, port, framing="line"))
+chat = ops.connection(ops.listen(host, port and port + 1, framing="ws"))
+page_address, chat = (page.Ri, page.Rp), f"{chat.Ri}:{chat.Rp}"
+if options.listen:
+    print("open http://%s:%d" % page_address, "- the chat is on", chat,
+          flush=True)
+    ops.run()
+
+friends = tcpops.TcpOps()  # another program, as it were
+names, heard = {}, []
+
+
+@friends.onreply_route
+def hears(msg):
+    heard.append(f"{names[msg.conid]} hears: {msg.text}")
+
+
+def wait_for(count):
+    while len(heard) < count:
+        ops.step(0.01)
+        friends.step(0.01)
+    print("\n".join(sorted(heard)))
+    heard.clear()
+
+
+browser = socket.create_connection(page_address)
+browser.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+while ops.stats()["ended"]["closed"] == 0:
+    ops.step()
+print("the page:", browser.recv(15).decode())
+for count, name in enumerate(("ann", "bob"), 1):
+    conid = friends.connect(*tcpops.parse_address(chat), framing="ws")
+    names[conid] = name
+    wait_for(count)
+friends.send(conid, "hello")
+wait_for(2)
+friends.tcp_close_connection(conid)
+wait_for(1)
+browser.close()
+friends.close()
+ops.close()

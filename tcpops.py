@@ -141,6 +141,9 @@ class Result(_Code):
     FAILURE = -1
 
 
+_SUCCESS, _FAILURE = Result  # what is returned often, without a look-up
+
+
 class State(_Code):
     """What tcp_conid_state and probe return.  Spec: 3.2."""
 
@@ -152,6 +155,8 @@ class State(_Code):
     ERROR = -3      #: the socket has an error; the connection will end
     BAD = -4        #: the probe itself failed; the connection will end
 
+
+_OK, _EOF = State.OK, State.EOF  # likewise
 
 #: The routes of event_route().  The specification knows the first (4.1); its
 #: newer releases split resets and timeouts off; "tcp:opened" is ours.
@@ -265,6 +270,8 @@ def _number(value, name, low, high, whole=False):
     though Python says so: True for a conid is a mistake, never an intention.
     """
     number = value
+    if type(value) is int and low <= value <= high:
+        return value
     if isinstance(value, str) and _NUMERAL.fullmatch(value):
         number = float(value) if "." in value else int(value)
     kind = numbers.Integral if whole else numbers.Real
@@ -281,6 +288,8 @@ def _number(value, name, low, high, whole=False):
 
 def _arguments(names, given, named):
     """Sort the arguments of a function whose leading conid may be left out."""
+    if len(given) == len(names) and not named:
+        return given
     if len(given) + len(named) == len(names) - 1 and "conid" not in named:
         given = (_CURRENT, *given)
     missing = names[len(given):]
@@ -577,13 +586,13 @@ def _look(sock):
             soft, number = number, 0
         if not number:
             if not _recv(sock, 1, _PEEK):
-                return State.EOF, None, False
+                return _EOF, None, False
             info = tcp_info(sock)
             if info is not None and info.state in _TCP_ENDED:
-                return State.EOF, None, True
-            return State.OK, soft, True
+                return _EOF, None, True
+            return _OK, soft, True
     except (BlockingIOError, InterruptedError):
-        return State.OK, soft, False
+        return _OK, soft, False
     except OSError as error:
         number = error.errno
     if number == errno.EPIPE:
@@ -642,6 +651,19 @@ class Message:
         self._loop = loop
         self._conn = conn
         self.data = data  #: the payload, bytes
+
+    @property
+    def framing(self):
+        """The framing's instance of this connection, None for raw."""
+        layer = self._conn.layer
+        return getattr(layer, "inner", layer)
+
+    @property
+    def tls(self):
+        """The ssl.SSLObject of this connection, None without TLS: its
+        getpeercert(), version() and cipher() tell who and how.
+        """
+        return getattr(self._conn.layer, "tls", None)
 
     #: The connection that the message came from, see Event for the names.
     conid = property(lambda self: self._conn.conid)
@@ -714,9 +736,12 @@ class Framing:
     proto = "tcp"      #: what the proto of its connections is
     message = Message  #: the class of its messages; read when it is open
     opened = True      #: False while a handshake is under way
+    handshake = "handshake"  #: what that is called
     #: Set to a few words when the peer has ended the stream in the protocol's
     #: own way: it is as if its FIN had come.
     closed = None
+    #: True once nothing more can be sent: send() and reply() refuse then.
+    mute = False
     #: True between the parts of a message, if something else may come there:
     #: SKIPPED then gives that message no new time.
     amid = False
@@ -836,8 +861,9 @@ class LineFraming(Framing):
 # 8. SIP over a stream
 #
 # Not a SIP stack: where a message ends (RFC 3261, 18.3), and a look at its
-# headers.  The start line is not judged, so that a request which nobody
-# understands does not cost those that follow it on the same connection.
+# headers.  A start line has to speak of SIP, and is not judged otherwise, so
+# that a request which nobody understands does not cost those that follow it
+# on the same connection.
 # ---------------------------------------------------------------------------
 
 _FOLD = re.compile(rb"\r\n[ \t]+")
@@ -851,8 +877,23 @@ def _parse_head(head):
     """
     lines = _FOLD.sub(b" ", head).decode("utf-8", "replace").split("\r\n")
     fields = (line.partition(":") for line in lines[1:])
-    return lines[0], [(name.strip().lower(), value.strip())
+    return lines[0], [(name.strip(" \t").lower(), value.strip(" \t"))
                       for name, colon, value in fields if colon]
+
+
+def _printable(text):
+    """Return a text of the peer's for a detail: it may end at a terminal."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1]
+                   for char in text)
+
+
+def _check_printable(buffer, protocol):
+    """Raise ProtocolError if no text begins here, as with TLS: at once, since
+    the end of a head might never come.
+    """
+    if buffer and not 0x20 < buffer[0] < 0x7F:
+        raise ProtocolError(f"this is not {protocol}" + (
+            " (TLS on a port without it?)" if buffer[0] == 0x16 else ""))
 
 
 #: The compact names of RFC 3261, 7.3.3 and of those registered since.
@@ -907,10 +948,10 @@ class SipMessage(TextMessage):
     @property
     def status(self):
         """The status code of a response; None for a request, and for a
-        response whose code is no number.
+        response whose code is not one of three digits.
         """
-        code = self._parsed()[0][1]
-        return int(code) if self.is_reply and code.isdecimal() else None
+        code = re.fullmatch("[0-9]{3}", self._parsed()[0][1])
+        return int(code[0]) if self.is_reply and code else None
 
     @property
     def reason(self):
@@ -938,9 +979,11 @@ class SipMessage(TextMessage):
 
 
 _LENGTHS = re.compile(
-    rb"\r\n(?:content-length|l)[ \t]*:((?:[^\r\n]|\r\n[ \t])*)",
+    rb"\r\n(?:content-length|l)(?:[ \t]|\r\n[ \t])*:((?:[^\r\n]|\r\n[ \t])*)",
     re.IGNORECASE)
+_BARE = re.compile(rb"\r(?!\n)|(?<!\r)\n")
 _CRLFS = re.compile(rb"(?:\r\n)+")
+_START = re.compile(rb"(?:[^\r\n]*[ \t])?SIP/", re.IGNORECASE)
 
 
 class SipFraming(Framing):
@@ -982,8 +1025,12 @@ class SipFraming(Framing):
             self.output += b"\r\n" * pings
             del buffer[:crlfs.end()]
             self._searched = 0
+        if buffer != b"\r":
+            _check_printable(buffer, "SIP")
         end = buffer.find(b"\r\n\r\n", self._searched)
         if end >= 0:
+            if not _START.match(buffer):
+                raise ProtocolError("this is not SIP")
             self._half = self._searched = 0
             self._length = end + 4 + self._content_length(
                 bytes(buffer[:end + 2]))
@@ -997,7 +1044,9 @@ class SipFraming(Framing):
     @staticmethod
     def _content_length(head):
         """Return the number of bytes that follow a head."""
-        values = {_FOLD.sub(b" ", value).strip()
+        if _BARE.search(head):
+            raise ProtocolError("a bare CR or LF: lines end with CR LF")
+        values = {_FOLD.sub(b" ", value).strip(b" \t")
                   for value in _LENGTHS.findall(head)}
         if not values:
             raise ProtocolError("no Content-Length")
@@ -1078,12 +1127,19 @@ class WebSocketFraming(Framing):
 
     proto = "ws"
     message = TextMessage
-    path = "/"                #: what a client asks for
+    handshake = "WebSocket handshake"
+    path = "/"                #: what a client asks for, a server is asked for
+    headers = ()              #: (name, value) pairs that come along with that
     offers = ()               #: the subprotocols that a client offers
     subprotocols = ("sip",)   #: those that a server speaks
 
     def __init__(self, max_message, client):
         super().__init__(max_message, client)
+        if not re.fullmatch(r"[!-~]+", self.path):
+            raise ValueError(f"no path for a WebSocket: {self.path!r}")
+        for names in (self.offers, self.subprotocols):
+            if isinstance(names, str):
+                raise ValueError(f"a tuple is needed, not {names!r}")
         self.opened = False
         self.subprotocol = None  #: what was agreed on
         self._key = None         # of a client's handshake
@@ -1093,13 +1149,14 @@ class WebSocketFraming(Framing):
         self._parts = []         # of that message
         self._tail = b""         # of its text: the beginning of a character
         self._size = 0           # of that message
-        self._parting = False    # a close frame of ours has been sent
+        self.mute = False        # a close frame of ours has been sent
 
     def refuse(self, path, headers):
         """Return why a client is refused (403), or None: it is welcome.
 
         For a subclass, which may look at the Origin, say.  headers are
-        (name in lower case, value) pairs.
+        (name in lower case, value) pairs; both are to be had afterwards, too,
+        as path and headers of msg.framing.
         """
         return None
 
@@ -1113,7 +1170,8 @@ class WebSocketFraming(Framing):
             self._say_http(f"GET {self.path} HTTP/1.1", {
                 "Host": host, "Upgrade": "websocket", "Connection": "Upgrade",
                 "Sec-WebSocket-Key": self._key, "Sec-WebSocket-Version": "13",
-                "Sec-WebSocket-Protocol": ", ".join(self.offers)})
+                "Sec-WebSocket-Protocol": ", ".join(self.offers),
+                **dict(self.headers)})
 
     def _say_http(self, start, headers, body=""):
         lines = [start, *(f"{name}: {value}" for name, value
@@ -1122,6 +1180,7 @@ class WebSocketFraming(Framing):
 
     def _shake_hands(self):
         """Read the other side's half of the handshake, if it is complete."""
+        _check_printable(self.buffer, "HTTP")
         end = self.buffer.find(b"\r\n\r\n")
         too_long = max(end, len(self.buffer) if end < 0 else 0) > _LONGEST_HEAD
         if end < 0 and not too_long:
@@ -1165,8 +1224,9 @@ class WebSocketFraming(Framing):
             return 400, "Sec-WebSocket-Key must be 16 bytes in base64"
         if headers.get("sec-websocket-version") != "13":
             return 426, "Sec-WebSocket-Version must be 13"
+        self.path, self.headers = match[2], fields
         reason = self.refuse(match[2], fields)
-        return (403, reason) if reason else None
+        return (403, str(reason)) if reason else None
 
     def _refuse(self, status, reason):
         self._say_http(f"HTTP/1.1 {status} {_HTTP_REASONS[status]}", {
@@ -1196,7 +1256,8 @@ class WebSocketFraming(Framing):
         """Check a server's half of the handshake.  RFC 6455, 4.1."""
         subprotocol = headers.get("sec-websocket-protocol")
         for wrong, reason in (
-                (not re.match(r"HTTP/1\.1 101(?: |$)", start), start[:80]),
+                (not re.match(r"HTTP/1\.1 101(?: |$)", start),
+                 _printable(start[:80])),
                 (_tokens(headers.get("upgrade")) != ["websocket"],
                  "Upgrade must be websocket"),
                 ("upgrade" not in _tokens(headers.get("connection")),
@@ -1217,7 +1278,8 @@ class WebSocketFraming(Framing):
         """Return the next message, str or bytes; SKIPPED or None if none."""
         if not self.opened:
             self._shake_hands()
-        if not self.opened or self.closed:
+            return SKIPPED if self.opened else None
+        if self.closed:
             return None
         try:
             if self._frame is None:
@@ -1305,7 +1367,8 @@ class WebSocketFraming(Framing):
         if not self._left:
             self._frame = None
         if not complete:
-            self._parts.append(data)
+            if data:
+                self._parts.append(data)
             return None if self._left else SKIPPED
         if self._parts:
             parts, self._parts = [*self._parts, data], []
@@ -1348,10 +1411,10 @@ class WebSocketFraming(Framing):
         except UnicodeDecodeError:
             raise _Violation(1007,
                              "a close reason that is not UTF-8") from None
-        self.closed = f"close frame {code} {reason}".rstrip()
+        self.closed = f"close frame {code} {_printable(reason)}".rstrip()
         self.buffer.clear()
-        if not self._parting:
-            self._parting = True
+        if not self.mute:
+            self.mute = True
             self.output += self._encode_frame(_CLOSE, payload[:2])
 
     @property
@@ -1363,6 +1426,12 @@ class WebSocketFraming(Framing):
     def partial(self):
         """Whether a message or a frame has begun and is not complete."""
         return self.amid or bool(self.buffer)
+
+    def finish(self):
+        """Note what a FIN has cut short."""
+        self.closed = self.closed or (
+            "FIN without a close frame" if self.opened
+            else f"FIN within the {self.handshake}")
 
     # -- frames that go out -------------------------------------------------
 
@@ -1391,8 +1460,8 @@ class WebSocketFraming(Framing):
 
     def _part(self, code, reason=""):
         """Say good-bye, once."""
-        if self.opened and not self._parting:
-            self._parting = True
+        if self.opened and not self.mute:
+            self.mute = True
             self.output += self._encode_frame(
                 _CLOSE, code.to_bytes(2, "big") + reason.encode()[:123])
 
@@ -1429,28 +1498,30 @@ class TlsFraming(Framing):
         self._want_read, self._zero_return = (ssl.SSLWantReadError,
                                               ssl.SSLZeroReturnError)
         self._error = ssl.SSLError  # the base of both
-        self._inner = inner
+        self.inner = inner
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        self._tls = context.wrap_bio(
+        self.tls = context.wrap_bio(
             self._incoming, self._outgoing, server_side=not inner.client,
             server_hostname=server_hostname)
         self._host = ""
         self._shaken = False  # the handshake is done
         self._failure = None  # raised once what came before is delivered
-        self._unsent = b""    # plain text that waits for a renegotiation
         self._head = b""      # of the record that comes in: up to 5 bytes,
         self._left = 0        # and how many bytes of it are missing
 
+    handshake = property(lambda self: self.inner.handshake if self._shaken
+                         else "TLS handshake")
     proto = property(lambda self: {"tcp": "tls", "ws": "wss"}.get(
-        self._inner.proto, self._inner.proto))
-    message = property(lambda self: self._inner.message)
-    opened = property(lambda self: self._shaken and self._inner.opened)
-    amid = property(lambda self: self._inner.amid)
+        self.inner.proto, self.inner.proto))
+    message = property(lambda self: self.inner.message)
+    opened = property(lambda self: self._shaken and self.inner.opened)
+    amid = property(lambda self: self.inner.amid)
+    mute = property(lambda self: self._failure or self.inner.mute)
 
     @property
     def partial(self):
         """Whether a message, or a record, has begun and is not complete."""
-        return bool(self._inner.partial or self._left or self._head)
+        return bool(self.inner.partial or self._left or self._head)
 
     def begin(self, host):
         """Start the handshake."""
@@ -1467,16 +1538,16 @@ class TlsFraming(Framing):
         """Go on with the handshake, then decrypt what there is."""
         try:
             if not self._shaken:
-                self._tls.do_handshake()
+                self.tls.do_handshake()
                 self._shaken = True
-                self._inner.begin(self._host)
-            if self._unsent:
-                self._seal(b"")
+                self.inner.begin(self._host)
             while not self.closed:
-                data = self._tls.read(_LONGEST_RECORD)
+                data = self.tls.read(_LONGEST_RECORD)
                 if not data:
                     raise self._zero_return
-                self._inner.receive(data)
+                self.inner.receive(data)
+                if not self._incoming.pending and not self.tls.pending():
+                    break  # spares the exception that says so
         except self._want_read:
             pass
         except self._zero_return:
@@ -1489,8 +1560,12 @@ class TlsFraming(Framing):
         """Return the ProtocolError for what the ssl module says."""
         reason = getattr(failure, "verify_message", None) or (
             failure.reason or str(failure)).lower().replace("_", " ")
+        reason = re.sub(r"^(?:sslv3|tlsv1\d?) alert ", "the peer says ",
+                        reason)
         if reason in ("wrong version number", "http request"):
             reason += " (plain text on a TLS port?)"
+        elif reason == "no shared cipher":
+            reason += " (has the listener's context a certificate?)"
         return ProtocolError("TLS handshake failed: " + reason
                              if not self._shaken else "TLS: " + reason)
 
@@ -1512,10 +1587,10 @@ class TlsFraming(Framing):
     def next_message(self):
         """Return the next message of the framing within."""
         try:
-            payload = self._inner.next_message()
+            payload = self.inner.next_message()
         finally:
             self._collect()
-        self.closed = self._inner.closed or self.closed
+        self.closed = self.inner.closed or self.closed
         if payload is None and self._failure:
             raise self._failure
         return payload
@@ -1528,25 +1603,20 @@ class TlsFraming(Framing):
             raise ProtocolError("FIN within the TLS handshake")
         if not self.closed:
             raise ProtocolError("TLS truncated: FIN without close_notify")
-        return self._inner.finish()
+        return self.inner.finish()
 
     # -- what goes out ------------------------------------------------------
 
     def _seal(self, data):
-        """Encrypt."""
-        data = self._unsent + data
-        self._unsent = b""
-        if data:
-            try:
-                self._tls.write(data)
-            except self._want_read:
-                self._unsent = data
+        """Encrypt, unless OpenSSL has given up."""
+        if data and not self._failure:
+            self.tls.write(data)
 
     def _collect(self):
         """Move what is to be sent to output."""
-        if self._inner.output and self._shaken:
-            self._seal(bytes(self._inner.output))
-            self._inner.output.clear()
+        if self.inner.output and self._shaken:
+            self._seal(bytes(self.inner.output))
+            self.inner.output.clear()
         if self._outgoing.pending:
             self.output += self._outgoing.read()
 
@@ -1559,20 +1629,20 @@ class TlsFraming(Framing):
 
     def encode(self, payload):
         """Return the records that send a payload."""
-        self._seal(self._inner.encode(payload))
+        self._seal(self.inner.encode(payload))
         return self._flush()
 
     def encode_text(self, text):
         """Return the records that send a text."""
-        self._seal(self._inner.encode_text(text))
+        self._seal(self.inner.encode_text(text))
         return self._flush()
 
     def farewell(self, reason):
         """Return close_notify, behind what the framing within has to say."""
         if self._shaken and not self._failure:
             with contextlib.suppress(self._error):
-                self._seal(self._inner.farewell(reason))
-                self._tls.unwrap()
+                self._seal(self.inner.farewell(reason))
+                self.tls.unwrap()
         return self._flush()
 
 # ---------------------------------------------------------------------------
@@ -1611,6 +1681,13 @@ class Stack(NamedTuple):
             if not isinstance(tls, ssl.SSLContext):
                 raise ValueError("tls must be an ssl.SSLContext,"
                                  f" not {reprlib.repr(tls)}")
+            # Gone in TLS 1.3, for good reasons: while the peer has one under
+            # way nothing can be sent, and nothing says until when.
+            tls.options |= ssl.OP_NO_RENEGOTIATION
+            role = "clients" if address else "servers"
+            if tls.protocol == (ssl.PROTOCOL_TLS_SERVER if address
+                                else ssl.PROTOCOL_TLS_CLIENT):
+                raise ValueError(f"tls must be a context for {role}")
         elif server_hostname is not None:
             raise ValueError("server_hostname is for TLS")
         if address and tls is not None and server_hostname is None:
@@ -1620,24 +1697,32 @@ class Stack(NamedTuple):
 
     def build(self, max_message, client):
         """Return an instance for one connection, None for raw."""
-        factory = self.factory
+        if self.context is None and self.factory is None:
+            return None
+        inner = (self.factory or RawFraming)(max_message, client)
+        if not isinstance(inner, Framing):
+            raise TypeError(f"{self.name} must return a Framing,"
+                            f" not {reprlib.repr(inner)}")
         if self.context is None:
-            return factory and factory(max_message, client)
-        inner = (factory or RawFraming)(max_message, client)
+            return inner
         return TlsFraming(self.context, self.server_hostname, inner)
 
 
 
-class Phase(enum.Enum):
-    """Where a connection is in its life; each is entered at most once."""
+class Phase:
+    """Where a connection is in its life; each is entered at most once.
 
-    LISTENING = enum.auto()   # a listener; never anything else
-    CONNECTING = enum.auto()  # connect() is under way
-    OPENING = enum.auto()     # the framing's handshake is under way
-    OPEN = enum.auto()        # usable
-    DOOMED = enum.auto()      # its socket is dead; what it holds is delivered
-    CLOSING = enum.auto()     # it ends as soon as what is queued is sent
-    ENDED = enum.auto()       # its socket is closed, its event may be queued
+    Not an enum: to name a member of one takes as long as a call, on the
+    versions of Python before 3.12, and each message does it several times.
+    """
+
+    LISTENING = "listening"    # a listener; never anything else
+    CONNECTING = "connecting"  # connect() is under way
+    OPENING = "opening"        # the framing's handshake is under way
+    OPEN = "open"              # usable
+    DOOMED = "doomed"          # its socket is dead; the rest is delivered
+    CLOSING = "closing"        # it ends as soon as what is queued is sent
+    ENDED = "ended"            # its socket is closed, its event maybe queued
 
 
 #: The phases in which a connection can be told things, and can send.
@@ -1714,7 +1799,7 @@ class Connection:
                    self.keepalive_due)
 
     def __repr__(self):
-        return (f"<Connection conid {self.conid} {self.phase.name}"
+        return (f"<Connection conid {self.conid} {self.phase}"
                 f" {_format_address(self.peer)}>")
 
 
@@ -1899,12 +1984,6 @@ class Routes:
             self._events[name] = _handler(handler)
             return handler
         return register
-
-    def message_handler(self, msg):
-        """Return what is to be called with a message, or None."""
-        if self._onreply is not None and msg.is_reply:
-            return self._onreply
-        return self._request
 
     def event_handler(self, event):
         """Return what is to be called with an event, or None."""
@@ -2222,7 +2301,7 @@ class Loop(Routes):
                            address)
         conn.candidates = rest
         conn.work_due = conn.since + self._connect_timeout
-        self._arm(conn)
+        self._arm(conn, conn.work_due)
         self._start_connect(conn)
         return conn.conid
 
@@ -2266,13 +2345,15 @@ class Loop(Routes):
         with contextlib.suppress(ValueError):  # not in the main thread
             wakeup = signal.set_wakeup_fd(self._waker.fileno(),
                                           warn_on_full_buffer=False)
+        self._turning = True
         try:
             while not self._stopping and not self._closing:
-                self.step()
+                self._turn(self._patience(None))
         finally:
             self._stopping = False
             if wakeup is not None:
                 signal.set_wakeup_fd(wakeup)
+            self._rest_from_turning()
 
     def step(self, timeout=None):
         """Wait until something happens, and handle it.
@@ -2298,9 +2379,13 @@ class Loop(Routes):
                     if timeout <= 0:
                         return 0
         finally:
-            self._turning = False
-            if self._closing:
-                self._release()
+            self._rest_from_turning()
+
+    def _rest_from_turning(self):
+        """A turn is over; close() in one of its handlers waited for that."""
+        self._turning = False
+        if self._closing:
+            self._release()
 
     def stop(self):
         """Make run() return after this turn.
@@ -2413,12 +2498,11 @@ class Loop(Routes):
             return 0
         due = self._deadlines.next()
         if due == NEVER:
-            wait = timeout
-        elif timeout is None:
-            wait = due - self._clock()
-        else:
-            wait = min(timeout, due - self._clock())
-        return None if wait is None else min(max(wait, 0), _LONGEST_WAIT)
+            return timeout and min(timeout, _LONGEST_WAIT)
+        wait = min(due - self._clock(), _LONGEST_WAIT)
+        if timeout is not None and timeout < wait:
+            return timeout
+        return wait if wait > 0 else 0
 
     def _turn(self, wait):
         """Wait, then handle what there is; return how many things that was."""
@@ -2431,28 +2515,31 @@ class Loop(Routes):
             conn.ready(conn, mask)
             if self._events_due:
                 self._tell()
-        # Messages that were left when their connection's share was used up.
-        for conn in _take(self._waiting):
-            conn.waiting = False
-            self._deliver(conn)
-            self._rewatch(conn)
-            handled += 1
-        # Calls from outside.
-        for call in _take(self._calls):
-            self._run_call(*call)
-            handled += 1
+        # Messages that were left when their connection's share was used up,
+        # and calls from outside.
+        if self._waiting or self._calls:
+            for conn in _take(self._waiting):
+                conn.waiting = False
+                self._deliver(conn)
+                self._rewatch(conn)
+                handled += 1
+            for call in _take(self._calls):
+                self._run_call(*call)
+                handled += 1
         # Deadlines.
-        handled += self._expire()
-        # Dead sockets.
-        for conn in _take(self._doomed):
-            try:
-                self._bury(conn)
-            finally:  # Ctrl-C in a handler must not make it immortal
-                if conn.phase is Phase.DOOMED:
-                    self._doomed.append(conn)
-            handled += 1
-        # Events.
-        return handled + self._tell()
+        now = self._clock()
+        if self._deadlines.next() <= now:
+            handled += self._expire(now)
+        # Dead sockets, and events.
+        if self._doomed:
+            for conn in _take(self._doomed):
+                try:
+                    self._bury(conn)
+                finally:  # Ctrl-C in a handler must not make it immortal
+                    if conn.phase is Phase.DOOMED:
+                        self._doomed.append(conn)
+                handled += 1
+        return handled + self._tell() if self._events_due else handled
 
     def _wake(self):
         """Interrupt a wait; safe from a signal handler and any thread."""
@@ -2517,26 +2604,41 @@ class Loop(Routes):
         self._release()
 
     # -- handlers and events ----------------------------------------------
+    #
+    # What a handler raises is logged and changes nothing.
 
-    def _call(self, conn, find_handler, argument):
-        """Call a handler; what it raises is logged and changes nothing."""
+    def _message(self, conn, msg):
+        """Hand a message to its route."""
         self._current = conn
-        handler = find_handler
+        handler = self._request
         try:
-            handler = find_handler(argument)
+            if self._onreply is not None and msg.is_reply:
+                handler = self._onreply
             if handler is not None:
-                handler(argument)
+                handler(msg)
         except Exception:
-            log.exception("conid %d: %s raised", conn.conid,
-                          getattr(handler, "__qualname__", handler))
+            self._log_raised(conn, handler)
         finally:
             self._current = self._otcpid = None
             self._use_otcpid = False
 
-    def _message(self, conn, payload):
-        """Hand one message to its route."""
-        self._call(conn, self.message_handler,
-                   conn.message(self, conn, payload))
+    def _call_event(self, conn, event):
+        """Hand an event to its route."""
+        self._current, self._event = conn, event
+        handler = self.event_handler
+        try:
+            handler = handler(event)
+            if handler is not None:
+                handler(event)
+        except Exception:
+            self._log_raised(conn, handler)
+        finally:
+            self._current = self._event = None
+
+    @staticmethod
+    def _log_raised(conn, handler):
+        log.exception("conid %d: %s raised", conn.conid,
+                      getattr(handler, "__qualname__", handler))
 
     def _queue_event(self, conn, name, cause):
         """Note an event; it is told when no handler runs."""
@@ -2551,11 +2653,9 @@ class Loop(Routes):
         count = 0
         for conn, event in _take(self._events_due):
             count += 1
-            self._event = event
             try:
-                self._call(conn, self.event_handler, event)
+                self._call_event(conn, event)
             finally:
-                self._event = None
                 if event.reason is not None:
                     self._table.remove(conn)
         return count
@@ -2569,9 +2669,8 @@ class Loop(Routes):
         conn.phase = phase
         conn.ready = self._handle[phase]
 
-    def _arm(self, conn):
-        """Bring the heap up to date after a deadline may have come nearer."""
-        due = conn.due()
+    def _arm(self, conn, due):
+        """Bring the heap up to date after one of the deadlines was set."""
         if due < conn.wake:
             if self._embedded and due < self._deadlines.next():
                 self._nudge()
@@ -2606,24 +2705,25 @@ class Loop(Routes):
             self._open(conn)
         else:
             conn.work_due = self._clock() + self._message_timeout
-            self._arm(conn)
+            self._arm(conn, conn.work_due)
         self._rewatch(conn)
 
     def _open(self, conn):
         """A connection has become usable."""
-        log.debug("conid %d is open, %s", conn.conid,
-                  _format_address(conn.peer))
+        log.debug("conid %d is open, %s", conn.conid, conn.peer)
         conn.opened = True
         if not conn.forgotten:
             self._queue_event(conn, "tcp:opened", (None, None, ""))
+        if conn.layer is not None:
+            conn.message = conn.layer.message
         if conn.phase is Phase.DOOMED:
             return  # its socket has died in the handshake
         self._enter(conn, Phase.OPEN)
         conn.work_due = NEVER
         conn.active = self._clock()
-        self._arm(conn)
-        if conn.layer is not None:
-            conn.message = conn.layer.message
+        self._arm(conn, conn.active + conn.lifetime)
+        if conn.layer is not None and conn.layer.mute:
+            return  # the end has come with the handshake
         early, conn.early, conn.early_bytes = conn.early, (), 0
         try:
             for payload in early:
@@ -2644,6 +2744,7 @@ class Loop(Routes):
         if conn.phase in (Phase.OPENING, Phase.OPEN):
             self._write(conn, self._farewell(conn))
         if conn.out and conn.phase in (Phase.OPENING, Phase.OPEN):
+            conn.work_due = NEVER
             self._enter(conn, Phase.CLOSING)
             self._rewatch(conn)
         else:
@@ -2822,14 +2923,12 @@ class Loop(Routes):
 
     def _serve(self, conn, mask):
         """Do what an open connection was selected for."""
-        if mask & _WRITE and conn.out:
+        if conn.out is not None and mask & _WRITE:
             self._flush(conn)
         # Asked again: the batch is older than what handlers did meanwhile.
-        if mask & _READ and conn.events & _READ:
-            self._read(conn)
-
-    def _read(self, conn):
-        """Receive once.  What is left is selected again, after the others."""
+        if not (mask & _READ and conn.events & _READ):
+            return
+        # Once.  What is left is selected again, after the others.
         try:
             data = conn.recv(self._recv_size)
         except _AGAIN:
@@ -2847,7 +2946,7 @@ class Loop(Routes):
         conn.bytes_in += len(data)
         conn.active = self._clock()
         if conn.layer is None:
-            self._message(conn, data)
+            self._message(conn, Message(self, conn, data))
         else:
             self._deliver(conn, data)
 
@@ -2855,14 +2954,14 @@ class Loop(Routes):
         """The peer has sent FIN: all before it has been delivered."""
         layer, payload, detail = conn.layer, None, "FIN from the peer"
         if layer is not None:
-            detail = layer.closed or detail
             try:
                 payload = layer.finish()
             except Exception as error:
                 self._framing_failed(conn, error)
                 return
+            detail = layer.closed or detail
         if payload is not None and conn.opened:
-            self._message(conn, payload)
+            self._message(conn, conn.message(self, conn, payload))
         self._conclude(conn, Cause("eof", None, detail))
 
     def _deliver(self, conn, data=b""):
@@ -2877,18 +2976,17 @@ class Loop(Routes):
         try:
             if data:
                 layer.receive(data)
+                self._greeted(conn)
             while conn.phase in _RECEIVING and not self._over(conn):
                 if count == _SHARE:
-                    self._time_message(conn, None)
+                    if anew:
+                        conn.work_due = NEVER
                     self._postpone(conn)
                     break
                 payload = layer.next_message()
-                self._speak(conn)
-                if layer.opened and not conn.opened:
-                    self._open(conn)
-                    self._tell()
-                    if conn.phase not in _RECEIVING:
-                        break
+                self._greeted(conn)
+                if conn.phase not in _RECEIVING:
+                    break
                 if payload is None:
                     if layer.closed:
                         self._end_of_stream(conn)
@@ -2900,12 +2998,19 @@ class Loop(Routes):
                     anew = anew or not layer.amid
                 else:
                     anew = True
-                    self._message(conn, payload)
+                    self._message(conn, conn.message(self, conn, payload))
         except Exception as error:
             self._framing_failed(conn, error)
         except BaseException:
             self._postpone(conn)  # Ctrl-C in a handler loses no message
             raise
+
+    def _greeted(self, conn):
+        """Send what a framing has to say; its handshake may be done."""
+        self._speak(conn)
+        if not conn.opened and conn.layer.opened:
+            self._open(conn)
+            self._tell()
 
     def _framing_failed(self, conn, error):
         """End a connection whose framing cannot go on."""
@@ -2925,7 +3030,7 @@ class Loop(Routes):
             conn.work_due = NEVER
         elif is_new or conn.work_due == NEVER:
             conn.work_due = conn.active + self._message_timeout
-            self._arm(conn)
+            self._arm(conn, conn.work_due)
 
     def _postpone(self, conn):
         """Leave the rest of a connection's messages to the next turn."""
@@ -2947,20 +3052,23 @@ class Loop(Routes):
         """Send a payload on a connection; return a Result.  See send."""
         if type(payload) is not bytes:
             payload = _payload(payload)
-        if conn.phase not in _LIVE or conn.forgotten or self._over(conn):
+        if (conn.phase not in _LIVE or conn.forgotten
+                or conn.out is not None and self._over(conn)
+                or conn.layer is not None and conn.layer.mute):
             log.debug("conid %d takes nothing to send", conn.conid)
-            return Result.FAILURE
+            return _FAILURE
         if conn.phase is not Phase.OPEN:
             # A framing's handshake goes first.
             if conn.early_bytes >= self._max_write_buffer:
-                return Result.FAILURE
+                return _FAILURE
             conn.early = conn.early or []
+            conn.early_bytes += len(payload.encode() if type(payload) is str
+                                    else payload)
             conn.early.append(payload)
-            conn.early_bytes += len(payload)
-            return Result.SUCCESS
-        return (Result.SUCCESS
-                if self._write(conn, self._encode(conn, payload))
-                else Result.FAILURE)
+            return _SUCCESS
+        if conn.layer is not None or type(payload) is str:
+            payload = self._encode(conn, payload)
+        return _SUCCESS if self._write(conn, payload) else _FAILURE
 
     @staticmethod
     def _encode(conn, payload):
@@ -3000,7 +3108,7 @@ class Loop(Routes):
         else:
             conn.out = bytearray(memoryview(data)[sent:])
             conn.send_due = self._clock() + self._send_timeout
-            self._arm(conn)
+            self._arm(conn, conn.send_due)
         self._rewatch(conn)
 
     def _flush(self, conn, _mask=None):
@@ -3095,7 +3203,7 @@ class Loop(Routes):
         self._resting.append(listener)
         # Descriptors may come free anywhere in the process.
         listener.work_due = now + _REST
-        self._arm(listener)
+        self._arm(listener, listener.work_due)
 
     def _resume(self):
         """Let the listeners try again: there may be room."""
@@ -3177,9 +3285,8 @@ class Loop(Routes):
 
     # -- deadlines --------------------------------------------------------
 
-    def _expire(self):
+    def _expire(self, now):
         """Handle the deadlines that have come up; return how many had."""
-        now = self._clock()
         handled = 0
         for _ in range(_BATCH):
             conn = self._deadlines.pop(now)
@@ -3201,7 +3308,9 @@ class Loop(Routes):
             self._expired(conn, "connect", "no answer in"
                           f" {self._connect_timeout:g} s", errno.ETIMEDOUT)
         elif due == conn.work_due:
-            self._expired(conn, "message", "not complete after"
+            what = ("message" if conn.phase is Phase.OPEN
+                    else conn.layer.handshake)
+            self._expired(conn, "message", f"{what} not complete after"
                           f" {self._message_timeout:g} s")
         elif due == conn.send_due:
             self._expired(conn, "send", f"{len(conn.out)} bytes unsent after"
@@ -3260,17 +3369,18 @@ class Loop(Routes):
     def _probe(self, conn):
         """Probe a socket and latch what is found: probing has consumed it."""
         state, number, waiting = _look(conn.sock)
-        fatal = number is not None and state is not State.OK
+        fatal = number is not None and state is not _OK
         if conn.phase is Phase.CONNECTING:
             # Until the loop has taken notice, also if it has just succeeded.
             if not fatal:
                 return State.CONNECT
             self._connect_result(conn, number)
             return State.CONNECT if conn.cause is None else self._state(conn)
-        conn.soft_error = number or conn.soft_error
+        if number:
+            conn.soft_error = number
         if fatal:
             self._doom(conn, Cause.of_errno(number))
-        elif state is State.EOF:
+        elif state is _EOF:
             conn.cause = Cause("eof", None, "FIN from the peer")
         elif conn.phase is Phase.OPENING:
             return (State.CONNECT if conn.origin == "connect"
@@ -3364,11 +3474,11 @@ class TcpOps(Loop):
         conn = self._known(conid)
         if conn is None:
             raise ValueError(f"there is no connection {conid}")
+        if conn.phase in _LIVE and not conn.forgotten:
+            return conn
         if conn.phase is Phase.LISTENING:
             raise ValueError(f"conid {conid} is a listener, no connection")
-        if conn.phase not in _LIVE or conn.forgotten:
-            raise ValueError(f"connection {conn.conid} is ending")
-        return conn
+        raise ValueError(f"connection {conn.conid} is ending")
 
     # -- spec 3.1 to 3.6 --------------------------------------------------
 
@@ -3411,7 +3521,7 @@ class TcpOps(Loop):
         set_keepalive(conn.sock, keepalive)
         conn.keepalive, conn.suspected = keepalive, NEVER
         conn.keepalive_due = self._clock() + keepalive.limit
-        self._arm(conn)
+        self._arm(conn, conn.keepalive_due)
         return Result.SUCCESS
 
     @_script_function("[conid]")
@@ -3433,8 +3543,8 @@ class TcpOps(Loop):
         conn = self._usable(conid)
         conn.lifetime = _number(lifetime, "lifetime", 0, _MAX_SECONDS)
         conn.active = self._clock()
-        self._arm(conn)
-        return Result.SUCCESS
+        self._arm(conn, conn.active + conn.lifetime)
+        return _SUCCESS
 
     @_script_function("[conid]")
     def tcp_enable_closed_event(self, conid=_CURRENT):
@@ -3539,9 +3649,9 @@ class TcpOps(Loop):
 
         On the connection that tcp_set_otcpid names, if it was told to; else
         on one with that peer if there is one; else on a new one, with the
-        framing of the current message, without TLS.  address is as for
-        parse_address.  Raises TypeError for a payload that is neither bytes
-        nor str.
+        framing of the current message, without TLS (so not for sips:).
+        address is as for parse_address.  Raises TypeError for a payload that
+        is neither bytes nor str.
         """
         payload = _payload(payload)
         conn = self._way_to(address)
@@ -3555,6 +3665,10 @@ class TcpOps(Loop):
         if self._use_otcpid and self._otcpid is not None:
             return self._usable(self._otcpid)
         conn = self._peer(host, port)
+        secure = address[:5].lower() == "sips:"
+        if secure and (conn is None or conn.proto not in ("tls", "wss")):
+            raise ValueError(f"there is no TLS connection to {address}, and"
+                             " forward makes none")
         if conn is None:
             framing = "raw" if self._current is None else (
                 self._current.stack.factory or "raw")
@@ -3588,8 +3702,9 @@ Try it:
 
 Other protocols: SIP, WebSocket, and TLS below either of them:
   %(prog)s --listen --framing sip
-  %(prog)s --listen 443 --framing ws --certfile cert.pem --keyfile key.pem
-  %(prog)s --connect example.com:443 --framing ws --tls --console
+  %(prog)s --listen 8443 --framing ws --certfile examples/localhost.pem
+  %(prog)s --connect localhost:8443 --framing ws \
+      --cafile examples/localhost.pem --console
 
 A routes file says what to do; it knows ops, the decorators request_route,
 onreply_route and event_route, modparam, and the specification's functions:
@@ -3625,6 +3740,8 @@ _BYTES.maxother = _BYTES.maxstring = 72
 #: What a person may try a listener with.
 _CLIENTS = {
     "tcp": "nc {host} {port}",
+    "sip": r"printf 'OPTIONS sip:x SIP/2.0\r\nl: 0\r\n\r\n'"
+           " | nc {host} {port}",
     "tls": "openssl s_client -quiet -connect {address}",
     "ws": "new WebSocket('ws://{address}') in a browser",
     "wss": "new WebSocket('wss://{address}') in a browser",
@@ -3690,15 +3807,14 @@ class _Display:
 
     def started(self, what, info, console):
         """A listener was made, or a connect() begun."""
-        how = ", ".join(dict.fromkeys(
-            [info.framing] if info.proto == "tcp" else
-            [info.proto, info.framing]))
+        how = (info.framing if info.proto == "tcp" else info.proto
+               if info.framing == "ws" else f"{info.proto}, {info.framing}")
         if what == "listen on":
             # A wildcard address is none to connect to.
             host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(info.Ri, info.Ri)
             text = (f"listening on {_format_address((info.Ri, info.Rp))}"
                     f" (conid {info.conid}, {how}); try: "
-                    + _CLIENTS[info.proto].format(
+                    + _CLIENTS[how if how == "sip" else info.proto].format(
                         host=host, port=info.Rp,
                         address=_format_address((host, info.Rp))))
             if console:
@@ -3753,9 +3869,9 @@ class _Shown(TcpOps):
         self.stopped = self.closed = True
         super().close()
 
-    def message_handler(self, msg):
+    def _message(self, conn, msg):
         self.display.message(msg)
-        return super().message_handler(msg)
+        super()._message(conn, msg)
 
     def event_handler(self, event):
         self.display.event(event)
@@ -3812,7 +3928,7 @@ class _Commands:
                 if isinstance(result, State):
                     answer["state"] = result.name
             elif name not in own:
-                log.warning("no such command; type help")
+                log.warning("no such command: %s; type help", name)
                 answer = {"result": -1}
             elif name != "send" and rest.strip():
                 log.warning("%s takes nothing", name)
@@ -3876,6 +3992,9 @@ def _reason(error):
 def _connect_address(text, lowest_port=1):
     """Return (host, port) of "HOST:PORT", for argparse."""
     try:
+        if "://" in text:
+            raise ValueError("give HOST:PORT; --framing and --tls or"
+                             " --certfile say the rest")
         port = re.search(r":([0-9]+)$", text)
         if not port:
             raise ValueError(f"no port in {reprlib.repr(text)}")
@@ -3917,16 +4036,16 @@ def _parser():
     """Return the parser of the command line."""
     parser = _Parser(
         prog=os.path.basename(sys.argv[0]) or "tcpops.py",
-        description="Gives every TCP connection a number, the conid, and"
-        " shows and steers its life by that number.",
+        description="Gives every TCP, TLS and WebSocket connection a number,"
+        " the conid, and shows and steers its life by that number.",
         epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--listen", metavar="[HOST:]PORT", action="append", nargs="?",
         type=_listen_address, const=("127.0.0.1", 5060),
         help="accept connections; 127.0.0.1:5060 if bare, port 0 for any;"
-        " again and again")
+        " may be given again")
     add("--connect", metavar="HOST:PORT", action="append",
-        type=_connect_address, help="connect; again and again")
+        type=_connect_address, help="connect; may be given again")
     add("--framing", choices=list(_FRAMINGS), default="raw",
         help="what a message is: what was received at once (raw, the default),"
         " a line, a SIP message, or that of a WebSocket (ws)")
@@ -3935,7 +4054,7 @@ def _parser():
     add("--keyfile", metavar="FILE", help="its key, if in a file of its own")
     add("--tls", action="store_true", help="have --connect speak TLS")
     add("--cafile", metavar="FILE",
-        help="likewise, and trust the certificates in this file (PEM)")
+        help="like --tls, but trust the certificates in this file (PEM)")
     add("--closed-event", metavar="N", type=int, default=1,
         help="whose end is told: 0 nobody's, 1 everybody's (default), 2 where"
         " tcp_enable_closed_event was called")
@@ -4151,7 +4270,9 @@ def _server_context(options):
     except (OSError, ValueError) as error:
         files = " and ".join(filter(None, (options.certfile,
                                            options.keyfile)))
-        raise _Failure(f"cannot use {files}: {_reason(error)}") from None
+        reason = ("a certificate and the key that fits it are needed, as PEM"
+                  if isinstance(error, ssl.SSLError) else _reason(error))
+        raise _Failure(f"cannot use {files}: {reason}") from None
     return context
 
 
@@ -4163,8 +4284,9 @@ def _client_context(options):
     try:
         return ssl.create_default_context(cafile=options.cafile)
     except OSError as error:
-        raise _Failure(
-            f"cannot use {options.cafile}: {_reason(error)}") from None
+        reason = ("there is no certificate in it, as PEM"
+                  if isinstance(error, ssl.SSLError) else _reason(error))
+        raise _Failure(f"cannot use {options.cafile}: {reason}") from None
 
 
 class _Program:

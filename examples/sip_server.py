@@ -3,8 +3,9 @@
     python examples/sip_server.py
     python examples/sip_server.py --listen 127.0.0.1:5060
         stays up; then try, each in a terminal of its own:
-        sipp -sn uas -t t1 -i 127.0.0.1 -p 5070
-        sipp -sn uac -t t1 -i 127.0.0.1 -rsa 127.0.0.1:5060 127.0.0.1:5070
+        sipp -sn uas -t t1 -i 127.0.0.1 -p 5070 -m 100
+        sipp -sn uac -t t1 -i 127.0.0.1 -m 100 \
+            -rsa 127.0.0.1:5060 127.0.0.1:5070
 
 An INVITE goes to the connection on which its user has registered, else to
 where its Request-URI points.  With that it relays for everybody: an example,
@@ -19,6 +20,7 @@ Prints:
 """
 
 import argparse
+import contextlib
 import ipaddress
 import re
 import socket
@@ -28,12 +30,22 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import tcpops
 
+def address(text):
+    """Return (host, port), for argparse."""
+    try:
+        return tcpops.parse_address(text, 0)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error))
+
+
 parser = argparse.ArgumentParser(description="A small SIP server.")
-parser.add_argument("--listen", metavar="HOST:PORT")
+parser.add_argument("--listen", metavar="HOST:PORT", type=address,
+                    help="stay up, and serve there")
 options = parser.parse_args()
 # Example 1.6 of the specification: 10 s as the default lifetime.
 ops = tcpops.TcpOps(connection_lifetime=10)
 users = {}  # user: the conid of its connection
+calls = {}  # (callee's conid, Call-ID): (caller's conid, request if pending)
 
 
 def show(*words):
@@ -54,7 +66,7 @@ def answer(msg, status, *extra):
 
 def user_of(uri):
     """Return the user part of the URI in a header, "" if there is none."""
-    match = re.search(r"sips?:([^@;>\s]+)@", uri or "")
+    match = re.search(r"sips?:([^@:;>\s]+)[:@]", uri or "")
     return match[1] if match else ""
 
 
@@ -90,7 +102,8 @@ def is_ours(uri):
 
 def relay(msg, conid):
     """Send a request on, with a Via that names the caller's connection."""
-    branch = re.search(r"branch=(?:z9hG4bK)?([^;,\s]*)", msg.header("Via"))
+    branch = re.search(r"branch=(?:z9hG4bK)?([^;,\s]*)",
+                       msg.header("Via") or "")
     start, _, rest = msg.data.partition(b"\r\n")
     via = (f"Via: SIP/2.0/TCP {listener.Ri}:{listener.Rp}"
            f";branch=z9hG4bKconid{msg.conid}-{branch and branch[1]}")
@@ -98,23 +111,31 @@ def relay(msg, conid):
     sent = (ops.send(conid, data) if conid else ops.forward(msg.uri, data))
     if not sent and msg.method != "ACK":
         answer(msg, "503 Service Unavailable")
-    elif msg.method == "INVITE":
+    elif msg.method != "ACK":
+        callee = conid or ops.tcp_get_conid(msg.uri)
+        calls[callee, msg.header("Call-ID")] = msg.conid, msg
+    if sent and msg.method == "INVITE":
         show(f"INVITE relayed from conid {msg.conid} to conid {conid}")
 
 
 OURS = re.compile(rb"^(Via[ \t]*:[ \t]*)SIP/2\.0/TCP [^;,\r\n]*;branch="
-                  rb"z9hG4bKconid(\d+)-[^,\r\n]*(?:\r\n|,[ \t]*())",
+                  rb"z9hG4bKconid(\d{1,15})-[^,\r\n]*(?:\r\n|,[ \t]*())",
                   re.IGNORECASE | re.MULTILINE)
 
 
 @ops.onreply_route
 def on_reply(msg):
     ours = OURS.search(msg.data)
-    if not ours:
-        return
-    caller = int(ours[2])
+    call = msg.conid, msg.header("Call-ID")
+    caller, request = calls.get(call, (None, None))
+    if not ours or caller != int(ours[2]):
+        return  # nobody has asked for it
     prefix = ours[1] if ours[3] is not None else b""
-    method = msg.header("CSeq").split()[-1]
+    method = (msg.header("CSeq") or "").rpartition(" ")[2]
+    if (msg.status or 0) >= 200:
+        calls[call] = caller, None  # answered
+        if method != "INVITE" or msg.status >= 300:
+            del calls[call]
     if msg.status == 200 and method == "INVITE":
         # Example 1.4: enable on callee's connection, then on caller's.
         ops.tcp_keepalive_enable("60", "5", "5")
@@ -133,14 +154,24 @@ def on_reply(msg):
 def closed(event):
     for user in [user for user in users if users[user] == event.conid]:
         del users[user]
+    for callee, call_id in [*calls]:
+        caller, request = calls[callee, call_id]
+        if event.conid in (caller, callee):
+            del calls[callee, call_id]
+            if event.conid == callee and request is not None:
+                answer(request, "503 Service Unavailable",
+                       f"Warning: 399 tcpops \"{event.reason}\"")
 
 
 listener = ops.connection(ops.listen(
-    *tcpops.parse_address(options.listen or "127.0.0.1:0", 0),
+    *(options.listen or ("127.0.0.1", 0)),
     framing="sip"))
 if options.listen:
     print(f"listening on {listener.Ri}:{listener.Rp}", flush=True)
-    ops.run()
+    with contextlib.suppress(KeyboardInterrupt):
+        ops.run()
+    ops.drain(1)
+    sys.exit()
 
 
 # -- a caller and a callee, to show it ----------------------------------------

@@ -15,6 +15,7 @@ Prints:
 """
 
 import argparse
+import contextlib
 import socket
 import ssl
 import sys
@@ -24,8 +25,17 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import tcpops
 
+def address(text):
+    """Return (host, port), for argparse."""
+    try:
+        return tcpops.parse_address(text, 0)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error))
+
+
 parser = argparse.ArgumentParser(description="Echo over TLS.")
-parser.add_argument("--listen", metavar="HOST:PORT")
+parser.add_argument("--listen", metavar="HOST:PORT", type=address,
+                    help="stay up, and serve there")
 options = parser.parse_args()
 
 certificate = Path(__file__).with_name("localhost.pem")  # worthless elsewhere
@@ -61,12 +71,15 @@ def client(how):
 
 clients = {}
 listener = ops.connection(ops.listen(
-    *tcpops.parse_address(options.listen or "127.0.0.1:0", 0),
+    *(options.listen or ("127.0.0.1", 0)),
     tls=server_side))
 address = listener.Ri, listener.Rp
 if options.listen:
     print("listening on %s:%d" % address, flush=True)
-    ops.run()
+    with contextlib.suppress(KeyboardInterrupt):
+        ops.run()
+    ops.drain(1)
+    sys.exit()
 for number, how in enumerate(("close_notify", "only a FIN", "plain text")):
     thread = threading.Thread(target=client, args=(how,))
     thread.start()

@@ -2,7 +2,8 @@
 
     python examples/ws_chat.py
     python examples/ws_chat.py --listen 127.0.0.1:8080
-        stays up; open http://127.0.0.1:8080 in two browsers
+        stays up; open http://127.0.0.1:8080 in two browsers; the chat
+        itself has the port behind that
 
 Prints:
     the page: HTTP/1.1 200 OK
@@ -15,6 +16,7 @@ Prints:
 """
 
 import argparse
+import contextlib
 import socket
 import sys
 from pathlib import Path
@@ -43,23 +45,33 @@ PAGE = """<!DOCTYPE html>
 </script>
 </html>
 """
+def address(text):
+    """Return (host, port), for argparse."""
+    try:
+        return tcpops.parse_address(text, 0)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error))
+
+
 parser = argparse.ArgumentParser(description="A chat, served to a browser.")
-parser.add_argument("--listen", metavar="HOST:PORT")
+parser.add_argument("--listen", metavar="HOST:PORT", type=address,
+                    help="stay up, and serve there")
 options = parser.parse_args()
 ops = tcpops.TcpOps(connection_lifetime=3600)
+present = set()  # conids
 
 
 def tell_all(text):
     """Send to whoever is in; who does not read in time is left out."""
-    for info in ops.connections():
-        if info.proto == "ws":
-            ops.send(info.conid, text)
+    for conid in present:
+        ops.send(conid, text)
 
 
 @ops.request_route
 def on_message(msg):
     if msg.proto == "ws":
-        tell_all(f"{msg.conid}: {msg.text}")
+        if msg.text is not None:
+            tell_all(f"{msg.conid}: {msg.text}")
     elif msg.data == b"":  # HTTP, line by line: the end of the headers
         body = PAGE.replace("ADDRESS", chat)
         msg.reply("HTTP/1.1 200 OK\r\nContent-Type: text/html; charset=utf-8"
@@ -71,23 +83,28 @@ def on_message(msg):
 @ops.event_route("tcp:opened")
 def joined(event):
     if event.proto == "ws":
+        present.add(event.conid)
         tell_all(f"{event.conid} joined")
 
 
 @ops.event_route("tcp:closed")
 def left(event):
-    if event.proto == "ws":
+    if event.conid in present:
+        present.remove(event.conid)
         tell_all(f"{event.conid} left ({event.detail})")
 
 
-host, port = tcpops.parse_address(options.listen or "127.0.0.1:0", 0)
+host, port = options.listen or ("127.0.0.1", 0)
 page = ops.connection(ops.listen(host, port, framing="line"))
 chat = ops.connection(ops.listen(host, port and port + 1, framing="ws"))
 page_address, chat = (page.Ri, page.Rp), f"{chat.Ri}:{chat.Rp}"
 if options.listen:
     print("open http://%s:%d" % page_address, "- the chat is on", chat,
           flush=True)
-    ops.run()
+    with contextlib.suppress(KeyboardInterrupt):
+        ops.run()
+    ops.drain(1)
+    sys.exit()
 
 friends = tcpops.TcpOps()  # another program, as it were
 names, heard = {}, []

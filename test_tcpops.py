@@ -5681,6 +5681,39 @@ class TestTls:
         assert "bad record" in world.ends()[0].detail
         assert all("send" in line for line in logged)  # the second one
 
+    @pytest.mark.parametrize("how", ["close", "tcp_close_connection",
+                                     "raises"])
+    def test_a_callback_of_the_context(self, make_world, logged, how,
+                                       monkeypatch):
+        """It runs within the handshake, and may do what it likes."""
+        server, client = contexts()
+        world = make_world(tls=server)
+
+        def callback(*_):
+            if how == "close":
+                world.ops.close()
+            elif how == "raises":
+                raise ZeroDivisionError
+            else:
+                (info,) = [i for i in world.ops.connections() if i.sp == port]
+                assert world.ops.tcp_close_connection(info.conid)
+        server.sni_callback = callback
+        monkeypatch.setattr(sys, "unraisablehook", lambda _: None)  # Python's
+        peer = Peer(world)
+        port = peer.sock.getsockname()[1]
+        tls = client.wrap_bio(incoming := ssl.MemoryBIO(),
+                              outgoing := ssl.MemoryBIO(),
+                              server_hostname="localhost")
+        with pytest.raises(ssl.SSLWantReadError):
+            tls.do_handshake()
+        peer.sock.sendall(outgoing.read())
+        with contextlib.suppress(RuntimeError):  # closed by now
+            world.until(world.ends)
+        (event,) = world.events
+        assert event.reason == {"close": "shutdown", "raises": "protocol",
+                                "tcp_close_connection": "closed"}[how]
+        assert not logged and incoming.pending == 0
+
     def test_who_the_peer_is(self, secure):
         world = secure()
         peer = Peer(world, self.client)

@@ -706,8 +706,6 @@ ops.run()
 class NoSocket:
     """What a simulated connection has for a socket."""
 
-    recv = send = None
-
 
 def simulated(count):
     """Return a TcpOps with connections that have no socket."""

@@ -564,6 +564,7 @@ def is_dead(info, limit, suspected):
 _recv = socket.socket.recv
 # MSG_DONTWAIT: the socket may be a blocking one.  0 where there is none.
 _PEEK = socket.MSG_PEEK | getattr(socket, "MSG_DONTWAIT", 0)
+_SOL_SOCKET, _SO_ERROR = socket.SOL_SOCKET, socket.SO_ERROR
 # What a probe meets where there is no connected socket behind a descriptor.
 _NO_SOCKET = (errno.EBADF, errno.ENOTSOCK, errno.ENOTCONN)
 
@@ -581,7 +582,7 @@ def _look(sock):
     """
     soft = None
     try:
-        number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        number = sock.getsockopt(_SOL_SOCKET, _SO_ERROR)
         if number and _is_soft(sock):
             soft, number = number, 0
         if not number:
@@ -1844,6 +1845,8 @@ class Table:
     def __init__(self):
         self._conids = itertools.count(1)
         self._by_conid = {}
+        #: get(conid) returns the connection of a conid, or None.
+        self.get = self._by_conid.get
         # (host, port): the connection; a dict by conid if there are several,
         # as with many connections of ours to one server.
         self._by_peer = {}
@@ -1861,10 +1864,6 @@ class Table:
     def add(self, conn):
         """Make a connection known by its conid."""
         self._by_conid[conn.conid] = conn
-
-    def get(self, conid):
-        """Return the connection of a conid, or None."""
-        return self._by_conid.get(conid)
 
     def remove(self, conn):
         """Forget a connection, for ever."""
@@ -3473,14 +3472,15 @@ class TcpOps(Loop):
 
         Raises ValueError for what cannot be a conid.
         """
+        if type(conid) is int:
+            return self._table.get(conid)
         if conid is _CURRENT:
             if self._current is None:
                 raise ValueError("no conid is given, and no message or event"
                                  " is being handled")
             return self._current
-        if type(conid) is not int:
-            conid = _number(conid, "conid", -NEVER, NEVER, whole=True)
-        return self._table.get(conid)
+        return self._table.get(
+            _number(conid, "conid", -NEVER, NEVER, whole=True))
 
     def _usable(self, conid):
         """Return the live connection of a conid, or raise ValueError."""

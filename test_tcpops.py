@@ -6553,6 +6553,93 @@ class TestScale:
                 outcomes.add((tuple(got), failed))
             assert len(outcomes) == 1
 
+    @pytest.mark.parametrize("seed", SEEDS)
+    @pytest.mark.parametrize("kind", ["sip", "ws", "handshake"])
+    def test_layers_and_random_bytes(self, kind, seed):
+        """Good messages with wrong bytes among them: wherever the stream is
+        cut, the same messages and the same verdict; nothing else is raised.
+        """
+        choose = random.Random(seed)
+        pieces = {
+            "sip": [OPTIONS, RINGING, b"\r\n", b"\r\n\r\n", OPTIONS[:40],
+                    sip("BYE sip:x SIP/2.0", b"x" * 50)],
+            "ws": [frame(1, "text \u00e4\u20ac".encode()), frame(2, b"\xff" * 9),
+                   frame(1, b"\xc3", final=False), frame(0, b"\xa4"),
+                   frame(9, b"ping"), frame(10), frame(0, b"", final=False),
+                   frame(2, b"y" * 130), frame(8, b"\x03\xe8bye")],
+            "handshake": [HELLO, HELLO, HELLO[:-2] + b"X: y\r\n\r\n"
+                          + frame(1, b"behind it"), HELLO[:50]],
+        }[kind]
+
+        def outcome(chunks):
+            framing = (ws(300) if kind == "ws" else tcpops.SipFraming(
+                600, False) if kind == "sip"
+                else tcpops.WebSocketFraming(300, False))
+            found, failed = [], False
+            try:
+                for chunk in chunks:
+                    framing.receive(chunk)
+                    while (message := framing.next_message()) is not None:
+                        if message is not tcpops.SKIPPED:
+                            found.append(message)
+            except tcpops.ProtocolError:
+                failed = True
+            return (found, failed, framing.closed, framing.opened,
+                    bytes(framing.output))
+        verdicts = set()
+        for _ in range(400):
+            text = bytearray(b"".join(choose.choices(
+                pieces, k=choose.randrange(1, 6))))
+            for _ in range(choose.choice((0, 0, 1, 3))):
+                text[choose.randrange(len(text))] = choose.randrange(256)
+            text = bytes(text)
+            whole = outcome([text])
+            verdicts.add(whole[1])
+            for _ in range(4):
+                cuts = sorted(choose.choices(range(len(text) + 1), k=5))
+                assert outcome([text[a:b] for a, b in zip(
+                    [0, *cuts], [*cuts, len(text)])]) == whole
+            assert outcome([bytes([b]) for b in text]) == whole
+        assert verdicts == {False, True}
+
+    @pytest.mark.parametrize("seed", SEEDS)
+    @pytest.mark.parametrize("kind", ["sip", "ws", "raw"])
+    def test_random_bytes_over_tls(self, kind, seed):
+        """The framing within sees the same, however the records are cut."""
+        choose = random.Random(seed)
+        server, client = contexts()
+        framing = {"sip": tcpops.SipFraming, "ws": tcpops.WebSocketFraming,
+                   "raw": tcpops.RawFraming}[kind]
+        one = tcpops.TlsFraming(client, "localhost",
+                                tcpops.RawFraming(100000, True))
+        other = tcpops.TlsFraming(server, None, framing(100000, False))
+        one.begin("")
+        other.begin("")
+        while not one.opened or not other._shaken:
+            for a, b in ((one, other), (other, one)):
+                data = bytes(a.output)
+                a.output.clear()
+                for byte in data:
+                    b.receive(bytes([byte]))
+        text = {"sip": (OPTIONS + RINGING) * 20, "raw": choose.randbytes(9000),
+                "ws": HELLO + frame(2, choose.randbytes(9000)) * 3}[kind]
+        sent, found = b"", []
+        while len(sent) < len(text):
+            part = text[len(sent):len(sent) + choose.randrange(1, 3000)]
+            data = one.encode(part)
+            sent += part
+            while data:
+                step = choose.randrange(1, 2000)
+                found += feed(other, data[:step])
+                data = data[step:]
+        assert found and not other.partial
+        if kind == "raw":
+            assert b"".join(found) == text
+        else:
+            assert found == (feed(tcpops.SipFraming(100000, False), text)
+                             if kind == "sip" else
+                             feed(ws(100000), text[len(HELLO):]))
+
 
 # -- faults: a server in a process of its own, and what bystanders notice -----
 
@@ -7992,7 +8079,8 @@ class TestExamples:
                                text=True, timeout=60)
         assert wrong.returncode == 2 and "--only knows echo" in wrong.stderr
 
-    @pytest.mark.parametrize("name", ["sip_server", "tls_echo", "ws_chat"])
+    @pytest.mark.parametrize("name", ["echo", "sip_server", "tls_echo",
+                                      "ws_chat"])
     def test_a_server_stays_up(self, name):
         with serving(name) as address, socket.create_connection(
                 address, 5) as sock:
@@ -8004,6 +8092,7 @@ class TestExamples:
             answer = sock.recv(9)
             sock.close()
         assert answer == {"sip_server": b"SIP/2.0 2", "tls_echo": b"GET / HTT",
+                          "echo": b"GET / HTT",
                           "ws_chat": b"HTTP/1.1 "}[name]
 
     @needs("sipp")

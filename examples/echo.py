@@ -1,6 +1,8 @@
 """The smallest server: each connection gets a conid, its bytes come back.
 
     python examples/echo.py
+    python examples/echo.py --listen 127.0.0.1:5060    stays up; then try
+    nc 127.0.0.1 5060
 
 Prints:
     conid 2 is open
@@ -9,6 +11,8 @@ Prints:
     conid 2 ended: eof after 5 bytes in, 5 out
 """
 
+import argparse
+import contextlib
 import socket
 import sys
 from pathlib import Path
@@ -16,6 +20,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import tcpops
 
+parser = argparse.ArgumentParser(description="Send back what comes.")
+parser.add_argument("--listen", metavar="HOST:PORT",
+                    type=tcpops.parse_address, help="stay up, and serve there")
+options = parser.parse_args()
 ops = tcpops.TcpOps()
 
 
@@ -34,10 +42,17 @@ def opened(event):
 def closed(event):
     print(f"conid {event.conid} ended: {event.reason} after"
           f" {event.bytes_in} bytes in, {event.bytes_out} out")
-    ops.stop()
+    if not options.listen:
+        ops.stop()
 
 
-listener = ops.connection(ops.listen("127.0.0.1", 0))
+listener = ops.connection(ops.listen(*(options.listen or ("127.0.0.1", 0))))
+if options.listen:
+    print(f"listening on {listener.Ri}:{listener.Rp}", flush=True)
+    with contextlib.suppress(KeyboardInterrupt):
+        ops.run()
+    ops.drain(1)
+    sys.exit()
 client = socket.create_connection((listener.Ri, listener.Rp))
 client.sendall(b"hello")
 while ops.stats()["bytes_out"] < 5:

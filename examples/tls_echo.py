@@ -25,17 +25,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import tcpops
 
-def address(text):
-    """Return (host, port), for argparse."""
-    try:
-        return tcpops.parse_address(text, 0)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error))
-
-
 parser = argparse.ArgumentParser(description="Echo over TLS.")
-parser.add_argument("--listen", metavar="HOST:PORT", type=address,
-                    help="stay up, and serve there")
+parser.add_argument("--listen", metavar="HOST:PORT",
+                    type=tcpops.parse_address, help="stay up, and serve there")
 options = parser.parse_args()
 
 certificate = Path(__file__).with_name("localhost.pem")  # worthless elsewhere

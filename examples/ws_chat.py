@@ -45,17 +45,9 @@ PAGE = """<!DOCTYPE html>
 </script>
 </html>
 """
-def address(text):
-    """Return (host, port), for argparse."""
-    try:
-        return tcpops.parse_address(text, 0)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error))
-
-
 parser = argparse.ArgumentParser(description="A chat, served to a browser.")
-parser.add_argument("--listen", metavar="HOST:PORT", type=address,
-                    help="stay up, and serve there")
+parser.add_argument("--listen", metavar="HOST:PORT",
+                    type=tcpops.parse_address, help="stay up, and serve there")
 options = parser.parse_args()
 ops = tcpops.TcpOps(connection_lifetime=3600)
 present = set()  # conids

@@ -3716,11 +3716,11 @@ Try it:
   %(prog)s --listen                      and in another terminal:
   nc 127.0.0.1 5060
 
-Other protocols: SIP, WebSocket, and TLS below either of them:
+Other protocols: SIP, WebSocket, and TLS below any of them:
   %(prog)s --listen --framing sip
   %(prog)s --listen 8443 --framing ws --certfile examples/localhost.pem
-  %(prog)s --connect localhost:8443 --framing ws \
-      --cafile examples/localhost.pem --console
+  %(prog)s --connect localhost:8443 --framing ws --console \\
+      --cafile examples/localhost.pem
 
 A routes file says what to do; it knows ops, the decorators request_route,
 onreply_route and event_route, modparam, and the specification's functions:
@@ -4053,7 +4053,7 @@ def _parser():
     parser = _Parser(
         prog=os.path.basename(sys.argv[0]) or "tcpops.py",
         description="Gives every TCP, TLS and WebSocket connection a number,"
-        " the conid, and shows and steers its life by that number.",
+        " the conid,\nand shows and steers its life by that number.",
         epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--listen", metavar="[HOST:]PORT", action="append", nargs="?",

@@ -66,6 +66,18 @@ def needs(program):
         reason=f"there is no {program}")
 
 
+def free_port():
+    """Return a port that is free, and the next is, too: none of those that
+    the kernel gives to whoever connects.
+    """
+    for port in random.sample(range(10000, 30000, 2), 1000):
+        with contextlib.suppress(OSError):
+            for number in (port, port + 1):
+                socket.create_server(("127.0.0.1", number)).close()
+            return port
+    raise AssertionError("no port is free")
+
+
 class FakeClock:
     """A clock that stands still until the test moves it."""
 
@@ -8034,9 +8046,8 @@ class TestReadme:
         monkeypatch.chdir(HERE)
         world = make_world()
         code = re.findall(r"```python\n(.*?)```", README, re.S)[1]
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = str(free.getsockname()[1])
-        exec(code.replace("8443", port), {"ssl": ssl, "ops": world.ops})
+        exec(code.replace("8443", str(free_port())),
+             {"ssl": ssl, "ops": world.ops})
         world.until(lambda: len(world.events) == 2)
         assert {event.proto for event in world.events} == {"wss"}
 
@@ -8102,10 +8113,8 @@ class TestExamples:
         """OPTIONS, and calls from a caller to a callee, none failed."""
         scenario = tmp_path / "options.xml"
         scenario.write_text(SIPP_OPTIONS)
-        with serving("sip_server") as (host, port), \
-                socket.create_server((host, 0)) as free:
-            callee = f"{host}:{free.getsockname()[1]}"
-            free.close()
+        with serving("sip_server") as (host, port):
+            callee = f"{host}:{free_port()}"
             common = ["-i", host, "-nostdin", "-timeout", "60",
                       "-max_socket", "2000"]
             sipp(tmp_path, *common, "-t", transport, "-m", 1500, "-r", 500,
@@ -8166,8 +8175,7 @@ def await_listener(host, port):
 @contextlib.contextmanager
 def serving(name):
     """Run an example that stays up; yield its address."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     with subprocess.Popen(
             [sys.executable, str(HERE / "examples" / f"{name}.py"),
              "--listen", f"127.0.0.1:{port}"],

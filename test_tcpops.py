@@ -8151,7 +8151,9 @@ Content-Length: 0
 
 def sipp(directory, *args):
     """Run sipp; all its calls must succeed."""
-    done = subprocess.run(["sipp", *map(str, args)], cwd=directory,
+    # A port of its own: sipp would take 5060, which somebody may have.
+    done = subprocess.run(["sipp", "-p", str(free_port()), *map(str, args)],
+                          cwd=directory,
                           stdin=subprocess.DEVNULL, capture_output=True,
                           text=True, timeout=90)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr

@@ -1588,11 +1588,14 @@ class TlsFraming(Framing):
 
     def next_message(self):
         """Return the next message of the framing within."""
+        inner = self.inner
         try:
-            payload = self.inner.next_message()
+            payload = inner.next_message()
         finally:
-            self._collect()
-        self.closed = self.inner.closed or self.closed
+            if inner.output:
+                self._collect()
+        if inner.closed:
+            self.closed = inner.closed
         if payload is None and self._failure:
             raise self._failure
         return payload
@@ -1624,8 +1627,7 @@ class TlsFraming(Framing):
 
     def _flush(self):
         """Return, and forget, what is to be sent."""
-        self._collect()
-        data = bytes(self.output)
+        data = bytes(self.output) + self._outgoing.read()
         self.output.clear()
         return data
 
@@ -2057,6 +2059,8 @@ _AGAIN = (BlockingIOError, InterruptedError)
 #: send() errors that say "not now": what is to be sent is queued.
 _NOT_NOW = (errno.EAGAIN, errno.EWOULDBLOCK, errno.EINTR, errno.ENOBUFS,
             errno.ENOMEM)
+#: Listeners bound to these have connections with various local addresses.
+_EVERY_ADDRESS = ("0.0.0.0", "::")
 _LINGER_RESET = struct.pack("ii", 1, 0)
 
 
@@ -2862,7 +2866,7 @@ class Loop(Routes):
 
     def _close_socket(self, conn):
         """Close a connection's socket so that the peer learns the truth."""
-        with contextlib.suppress(OSError):
+        try:
             if conn.out:
                 # The stream is cut short: RST, for a FIN would say that it
                 # is complete, and no orphan that the kernel goes on serving.
@@ -2875,11 +2879,17 @@ class Loop(Routes):
                 # Unread bytes would turn the FIN into an RST, which destroys
                 # what the peer has not read yet of ours.  Ends with EAGAIN
                 # or FIN, or with a peer that sends faster than we read.
-                if conn.bytes_out:
+                # After a FIN there are none; a framing may end before it.
+                if conn.bytes_out and (conn.cause.reason != "eof"
+                                       or conn.layer is not None):
                     any(not conn.sock.recv(_RECV_SIZE)
                         for _ in range(_EMPTYING))
-        with contextlib.suppress(OSError):
+        except OSError:
+            pass  # so the peer knows already, or never will
+        try:
             conn.sock.close()
+        except OSError:
+            pass
 
     # -- input and output -------------------------------------------------
 
@@ -3199,17 +3209,18 @@ class Loop(Routes):
         try:
             layer = listener.stack.build(self._max_message, client=False)
             sock.setblocking(False)
-            # One address for all, where the listener has only one.
-            local = sock.getsockname()
-            if local == listener.local:
-                local = listener.local
+            local = listener.local
+            if local[0] in _EVERY_ADDRESS:
+                local = sock.getsockname()
         except Exception:
             log.exception("conid %d: an accepted connection is dropped",
                           listener.conid)
             sock.close()
             return
-        with contextlib.suppress(OSError):  # macOS: EINVAL if reset by now
+        try:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        except OSError:
+            pass  # macOS: EINVAL if reset by now
         self._greet(self._begin(sock, Phase.OPENING, "accept",
                                 listener.stack, layer, peer, local))
 

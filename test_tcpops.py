@@ -4233,6 +4233,23 @@ class TestListenAndConnect:
 class TestDescriptors:
     """Descriptors are reused at once; the loop must not mix them up."""
 
+    @pytest.mark.parametrize("how", ["tcp_close_connection", "close"])
+    def test_its_descriptor_was_closed_behind_our_back(self, world, how):
+        """The number may be somebody else's by now, or nobody's: EBADF."""
+        left, right = tcp_pair()
+        conid = world.ops.attach(right)
+        world.settle()
+        number = right.fileno()
+        os.close(number)
+        if how == "close":
+            world.ops.close()
+        else:
+            assert world.ops.tcp_close_connection(conid) == 1
+            world.until(lambda: world.ends(conid))
+        (event,) = world.ends(conid)
+        assert event.name == CLOSED and right.fileno() == -1
+        left.close()
+
     def test_a_number_reused_within_one_batch(self, make_world):
         """One handler closes another connection of the same batch and makes
         a new one, which gets the number; nothing of the old one reaches it.
@@ -5651,6 +5668,16 @@ class TestTls:
         event = world.end(info.conid)
         assert event.reason == reason and detail in event.detail
         assert world.events == [event] and not logged
+
+    def test_a_close_frame_within(self, transport):
+        """It ends the stream as close_notify would; ours answers it."""
+        world, peer, conid = transport("wss")
+        peer.sock.sendall(peer.seal(frame(9, b"ping")
+                                    + frame(8, b"\x03\xe9gone")))
+        event = world.end(conid)
+        assert (event.reason, event.detail) == ("eof", "close frame 1001 gone")
+        assert peer.rest() == (frame(10, b"ping", mask=None)
+                               + frame(8, b"\x03\xe9", mask=None), True)
 
     @pytest.mark.parametrize("framing", ["raw", "ws"])
     def test_messages_before_a_bad_record(self, secure, logged, framing):

@@ -9,7 +9,8 @@ Peers are asyncio, and uvloop, Twisted and websockets where they are installed
 on the first core, the load runs on the second.  What decides is the server's
 processor time per message, as the kernel counts it: that holds even where the
 load is the slower side.  Servers take turns, round by round, and each figure
-is the median of its rounds.  Linux only.
+is the median of its rounds, each ratio the median of the rounds' ratios: what
+slows the machine for a while slows both sides.  Linux only.
 """
 
 import argparse
@@ -18,7 +19,9 @@ import contextlib
 import gc
 import itertools
 import json
+import operator
 import os
+import re
 import resource
 import select
 import socket
@@ -27,6 +30,7 @@ import statistics
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -64,7 +68,7 @@ def serve_tcpops(kind):
             msg.header("Via"), msg.header("CSeq")
             msg.reply(b"SIP/2.0 200 OK" + msg.data[37:])
         else:
-            msg.reply(msg.payload)
+            msg.reply(msg.payload if kind == "ws" else msg.data)
 
     @ops.event_route("tcp:opened")
     def on_opened(event):
@@ -363,8 +367,8 @@ class Bench:
     """Runs what was asked for, and collects rows."""
 
     def __init__(self, options):
-        self.rounds = 3 if options.quick else 7
-        self.seconds = 0.25 if options.quick else 1.0
+        self.rounds = 5 if options.quick else 21
+        self.seconds = 0.1 if options.quick else 0.3
         self.scale = 0.2 if options.quick else 1
         self.quiet = options.json
         self.rows = []
@@ -374,31 +378,28 @@ class Bench:
             print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
 
     def add(self, what, figures, unit, *targets, note=""):
-        """Note a row: {server: figure}, and (peer, at most, times) targets.
+        """Note a row: {server: its figures}, and targets (peer, limit).
 
-        A negative target is for figures of which more is better.
+        The limit is one of ours by the peer's, or of ours alone where the
+        peer is None.
         """
-        row = {"what": what, "unit": unit, "figures": figures, "note": note,
-               "targets": []}
-        ours = figures["tcpops"]
-        for peer, factor in targets:
-            if peer in figures:
-                ratio = ours / figures[peer]
-                row["targets"].append({
-                    "peer": peer, "ratio": round(ratio, 3), "limit": factor,
-                    "met": ratio <= factor if factor > 0
-                    else ratio >= -factor})
-            elif peer == "absolute":
-                row["targets"].append({
-                    "peer": peer, "ratio": ours, "limit": factor,
-                    "met": ours <= factor})
+        row = {"what": what, "unit": unit, "note": note, "targets": [],
+               "figures": {name: statistics.median(rounds)
+                           for name, rounds in figures.items()}}
+        for peer, limit in targets:
+            if peer is None or peer in figures:
+                value = statistics.median(map(
+                    operator.truediv, figures["tcpops"],
+                    figures.get(peer) or itertools.repeat(1)))
+                row["targets"].append({"peer": peer, "value": round(value, 3),
+                                       "limit": limit, "met": value <= limit})
         self.rows.append(row)
         self.progress("")
         if not self.quiet:
             show(row)
 
     def alternate(self, what, names, kind, count, prepare, play):
-        """Have servers take turns; return {name: median figure}, by
+        """Have servers take turns; return their rounds, {name: [figure]}, by
         processor time and by throughput.
         """
         servers, cpu, speed = {}, {}, {}
@@ -422,8 +423,7 @@ class Bench:
         finally:
             for server in servers.values():
                 server.end()
-        return tuple({name: statistics.median(found[name]) for name in names}
-                     for found in (cpu, speed))
+        return cpu, speed
 
     def echo(self, count=100, names=("tcpops", "uvloop", "asyncio", "bare",
                                      "twisted"), targets=()):
@@ -505,13 +505,13 @@ class Bench:
                 socks = connect(server.address, held)
                 ping_pong(socks[-100:], b"x" * 64, 64, 0)
                 settle(server)
-                figures[name] = (server.memory() - before) / held
+                figures[name] = [(server.memory() - before) / held]
                 for sock in socks + warm:
                     sock.close()
             finally:
                 server.end()
         self.add(f"memory of a held connection ({held} held, with lifetime"
-                 " and keepalive)", figures, "bytes", ("absolute", 900))
+                 " and keepalive)", figures, "bytes", (None, 900))
 
     def run_tls(self):
         cpu, speed = self.alternate(
@@ -580,9 +580,9 @@ class Bench:
                 "": lambda: ops.tcp_set_connection_lifetime(
                     2 + next(number) * 7919 % count, 3600)}, 50000)[""]
             del ops
-        figures["tcpops"] = max(figures.values())
+        figures["tcpops"] = figures["100000 connections"]
         self.add("tcp_set_connection_lifetime", figures, "µs per call",
-                 ("absolute", 1.5), ("100 connections", 1.15))
+                 (None, 1.5), ("100 connections", 1.15))
 
     def run_deadlines(self):
         """A heap of a million, which descriptors would not allow."""
@@ -601,12 +601,12 @@ class Bench:
                 1 + next(number) * 7919 % count,
                 3500 - next(number) * 1e-3)}, 50000)
         self.add(f"a re-arm among {count} deadlines", figures, "µs per call",
-                 ("absolute", 2.0),
+                 (None, 2.0),
                  note=f"{entries:.0f} bytes a deadline; with its record"
                  f" {(memory_here() - before) / count:.0f}")
 
     def loops(self, functions, count):
-        """Return {name: µs per call}, the median of alternate rounds."""
+        """Return {name: [µs per call]}, of alternate rounds."""
         found = {name: [] for name in functions}
         count = int(count * self.scale)
         for _ in range(self.rounds):
@@ -616,7 +616,7 @@ class Bench:
                     function()
                 found[name].append(
                     (time.perf_counter() - start) / count * 1e6)
-        return {name: statistics.median(found[name]) for name in functions}
+        return found
 
     def run_expiry(self):
         """10,000 lifetimes that end within 100 ms, beside an echo."""
@@ -643,31 +643,33 @@ class Bench:
         for sock in [*socks, sock]:
             sock.close()
         self.add(f"{count} lifetimes that expire within 100 ms",
-                 {"tcpops": last * 1000, "echo stalled": worst * 1000},
-                 "ms until the last was told", ("absolute", 500))
+                 {"tcpops": [last * 1000]}, "ms until the last was told",
+                 (None, 500))
         self.add("the worst stall of an echo meanwhile",
-                 {"tcpops": worst * 1000}, "ms", ("absolute", 20))
+                 {"tcpops": [worst * 1000]}, "ms", (None, 20))
 
     def run_start(self):
-        """python tcpops.py --version beside the imports that it needs."""
-        imports = "import " + ", ".join(sorted(
-            name for name in ("argparse", "collections", "contextlib", "enum",
-                              "functools", "heapq", "json", "logging",
-                              "numbers", "re", "reprlib", "selectors",
-                              "signal", "socket", "struct", "threading",
-                              "typing", "weakref")))
-        found = {"tcpops": [], "imports": []}
-        for _ in range(5 * self.rounds):
-            for name, command in (
-                    ("tcpops", [str(Path(tcpops.__file__)), "--version"]),
-                    ("imports", ["-c", imports])):
-                start = time.perf_counter()
-                subprocess.run([sys.executable, *command], check=True,
-                               stdout=subprocess.DEVNULL)
-                found[name].append((time.perf_counter() - start) * 1000)
-        self.add("python tcpops.py --version", {
-            name: min(times) for name, times in found.items()},
-            "ms", ("imports", 1.3))
+        """The command beside a program that only imports what it needs."""
+        source = Path(tcpops.__file__).read_text(encoding="utf-8")
+        imports = ", ".join(re.findall(r"^(?:import|from) (\w+)", source, re.M))
+        found = {"tcpops": [], "as a script": [], "imports": []}
+        with tempfile.TemporaryDirectory() as cache:
+            for _ in range(self.rounds):
+                for name, *command in (
+                        ("tcpops", "-m", "tcpops", "--version"),
+                        ("as a script", tcpops.__file__, "--version"),
+                        ("imports", "-c", f"import {imports}")):
+                    start = time.perf_counter()
+                    subprocess.run(
+                        [sys.executable, *command], check=True,
+                        stdout=subprocess.DEVNULL,
+                        cwd=Path(tcpops.__file__).parent,
+                        env={**os.environ, "PYTHONPYCACHEPREFIX": cache,
+                             "PYTHONDONTWRITEBYTECODE": ""})
+                    found[name].append((time.perf_counter() - start) * 1000)
+        self.add("python -m tcpops --version", found, "ms", ("imports", 1.3),
+                 note="as a script: python tcpops.py, which Python compiles"
+                 " anew each time")
 
 
 EXPIRY = """
@@ -736,8 +738,8 @@ def settle(server):
 
 def rates(speed, unit=""):
     return "per second: " + ", ".join(
-        f"{name} {value:,.0f}{' ' + unit if unit else ''}"
-        for name, value in speed.items())
+        f"{name} {statistics.median(rounds):,.0f}{' ' + unit if unit else ''}"
+        for name, rounds in speed.items())
 
 
 def show(row):
@@ -747,13 +749,10 @@ def show(row):
                              f"{name} {value:.0f}"
                              for name, value in row["figures"].items()))
     for target in row["targets"]:
-        limit = abs(target["limit"])
         word = "ok  " if target["met"] else "MISS"
-        if target["peer"] == "absolute":
-            print(f"    {word} {target['ratio']:.2f}, at most {limit}")
-        else:
-            print(f"    {word} {target['ratio']:.2f} of {target['peer']},"
-                  f" at most {limit}")
+        of = f" of {target['peer']}" if target["peer"] else ""
+        print(f"    {word} {target['value']:.2f}{of},"
+              f" at most {target['limit']}")
     if row["note"]:
         print("    " + row["note"])
     sys.stdout.flush()

@@ -1,0 +1,1721 @@
+"""Conformance: the specification's demands, and what systems really answer.
+
+    python examples/conformance.py                  tcpops beside Kamailio
+    python examples/conformance.py --only 3.5       one section of it
+    python examples/conformance.py --markdown       the table for a document
+    python examples/conformance.py --system mine=192.0.2.1:5060 \
+        --must-pass mine                            another system
+
+Each scenario speaks to the systems over the wire only.  tcpops is the small
+program below (serve), Kamailio is the real one with conformance.cfg, if it is
+installed (Debian: apt-get install --no-install-recommends kamailio).  The run
+takes a minute or so, since the original takes its time over a lifetime.
+
+Any other system can be asked if it answers SIP requests at one address, over
+TCP and over UDP, as follows.  A request is an OPTIONS with these headers:
+
+    X-Ask      what to do: one of the specification's functions by its name,
+               tcp_close_connection, tcp_get_conid, or one of:
+               conid (answer the $conid of this very message), event (answer
+               the event number X-1, counted from 1, as its name and then
+               $conid $proto $si $sp $Ri $Rp, "<null>" if it has not come
+               yet), forward (send this request to the address X-1 over TCP,
+               on the connection X-Otcpid if that is there), broken (make a
+               connection whose socket is in an unknown bad state, answer
+               what tcp_conid_state says of it), example 1.4 and example 1.6
+               (call what that example calls, word for word), and
+               answer, then tcp_close_connection (in that order)
+    X-Conid    the conid to pass; without it, the form that has none
+    X-1 to X-3 the other arguments
+    X-Type     "string" if the arguments are passed as the strings they are;
+               else they are made numbers first
+    X-Delay    microseconds to sleep first, as a busy script would
+
+The answer is a 200 with the function's result in X-Result; "unknown" says
+that there is no such function, or form of it.  A response, 200, with these
+headers does the same in the onreply_route and has no answer.  closed_event is fixed when a
+system starts, so a system is several of them, see MODES.
+
+Exit status: 1 if the system of --must-pass fails a scenario, or if tcpops and
+Kamailio differ otherwise than DIFFERENCES says.
+"""
+
+import argparse
+import concurrent.futures
+import contextlib
+import ctypes
+import functools
+import itertools
+import json
+import os
+import re
+import selectors
+import shutil
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Callable, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import tcpops
+
+HERE = Path(__file__).resolve().parent
+#: What is started of a system: {mode: (closed_event, the default lifetime,
+#: whether event_route[tcp:closed] is the only one)}.
+MODES = {"always": (1, 120, False), "never": (0, 120, False),
+         "manual": (2, 120, False), "alone": (1, 4, True),
+         "busy": (1, 120, False)}
+SIP = re.compile(r"^([\w-]+): *(.*?)\r?$", re.MULTILINE)
+COUNTER = itertools.count(1)
+
+# -- the system under test that is made with tcpops ---------------------------
+
+
+def serve(mode, port, *hosts):
+    """Answer as the text above says."""
+    closed_event, lifetime, alone = MODES[mode]
+    ops = tcpops.TcpOps(closed_event=closed_event, connect_timeout=3,
+                        connection_lifetime=lifetime)
+    events = []
+
+    def note(route):
+        ops.event_route(route)(lambda event: events.append(" ".join(map(str, (
+            route, ops.conid, event.proto, event.si, event.sp, event.Ri,
+            event.Rp)))))
+    for route in ("tcp:closed", "tcp:reset", "tcp:timeout")[:1 if alone else 3]:
+        note(route)
+
+    def forward(message, headers):
+        if "X-Otcpid" in headers:
+            ops.tcp_set_otcpid(headers["X-Otcpid"])
+            ops.tcp_set_otcpid_flag(1)
+        return ops.forward(headers["X-1"], message)
+
+    def event(number):
+        return events[number - 1] if number <= len(events) else "<null>"
+
+    def broken():
+        with socket.create_server((hosts[0], 0)) as server, \
+                socket.create_connection(server.getsockname()) as sock:
+            conid = ops.attach(sock)
+        return ops.tcp_conid_state(conid)
+
+    def number(text):
+        try:
+            return int(text)
+        except ValueError:
+            return text
+
+    def call(message, headers):
+        name = headers["X-Ask"]
+        values = [headers[key] for key in ("X-Conid", "X-1", "X-2", "X-3")
+                  if key in headers]
+        if headers.get("X-Type") != "string":
+            values = [number(value) for value in values]
+        other = {"conid": lambda: ops.conid, "broken": broken,
+                 "event": lambda: event(*values),
+                 "forward": lambda: forward(message, headers),
+                 "answer, then tcp_close_connection": lambda: 1,
+                 "example 1.4": lambda: ops.tcp_keepalive_enable(
+                     "60", "5", "5"),
+                 "example 1.6": lambda: ops.tcp_set_connection_lifetime(
+                     "3605")}
+        if name in other:
+            return other[name]()
+        return getattr(ops, name)(*values)
+
+    def answer(message):
+        headers = dict(SIP.findall(message))
+        time.sleep(int(headers.get("X-Delay", 0)) / 1e6)
+        result = call(message, headers)
+        lines = ["SIP/2.0 200 OK", *(
+            f"{name}: {headers[name]}"
+            for name in ("Via", "From", "To", "Call-ID", "CSeq")),
+            f"X-Result: {result if isinstance(result, str) else int(result)}",
+            "Content-Length: 0", "", ""]
+        return "\r\n".join(lines).encode()
+
+    @ops.request_route
+    def on_request(msg):
+        message = msg.data.decode()
+        if msg.header("X-Ask") == "answer, then tcp_close_connection":
+            msg.reply(answer(message))
+            ops.tcp_close_connection()
+        else:
+            msg.reply(answer(message))
+
+    @ops.onreply_route
+    def on_reply(msg):
+        message = msg.data.decode()
+        call(message, dict(SIP.findall(message)))
+    for host in hosts:
+        ops.listen(host, port, framing="sip")
+    # Outside of any TCP message: another loop, with a UDP socket, drives ours.
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp, \
+            selectors.DefaultSelector() as selector:
+        udp.bind((hosts[0], port))
+        udp.setblocking(False)
+        selector.register(udp, selectors.EVENT_READ)
+        selector.register(ops.fileno(), selectors.EVENT_READ)
+        while True:
+            due = ops.next_deadline()
+            selector.select(due and max(0, due - time.monotonic()))
+            ops.step(0)
+            with contextlib.suppress(BlockingIOError):
+                data, peer = udp.recvfrom(65536)
+                udp.sendto(answer(data.decode()), peer)
+
+# -- systems ------------------------------------------------------------------
+
+
+class Skip(Exception):
+    """A scenario cannot be had here; the text says why."""
+
+
+class Event(NamedTuple):
+    """What a system says of the end of a connection."""
+    name: str
+    conid: str
+    proto: str
+    si: str
+    sp: str
+    Ri: str
+    Rp: str
+
+
+class Client:
+    """Speaks SIP to a system: over a connection, or over UDP."""
+
+    def __init__(self, sock):
+        self.sock = sock
+        self.name = sock.getsockname()[:2]
+        self.udp = sock.type == socket.SOCK_DGRAM
+        self.text = ""
+
+    def request(self, ask, *arguments, conid=None, strings=False,
+                response=False, **headers):
+        """Return (the bytes that ask, the Call-ID of the answer)."""
+        call = f"{next(COUNTER)}@{self.name[0]}"
+        lines = [
+            "SIP/2.0 200 OK" if response else
+            "OPTIONS sip:conformance@127.0.0.1 SIP/2.0",
+            f"Via: SIP/2.0/{'UDP' if self.udp else 'TCP'} {self.name[0]}:"
+            f"{self.name[1]};branch=z9hG4bK{call[:-len(self.name[0]) - 1]}",
+            "Max-Forwards: 70", "From: <sip:suite@127.0.0.1>;tag=1",
+            "To: <sip:conformance@127.0.0.1>", f"Call-ID: {call}",
+            "CSeq: 1 OPTIONS", f"X-Ask: {ask}"]
+        if conid is not None:
+            lines.append(f"X-Conid: {conid}")
+        lines += [f"X-{number}: {argument}"
+                  for number, argument in enumerate(arguments, 1)]
+        if strings:
+            lines.append("X-Type: string")
+        lines += [f"X-{name.title()}: {value}"
+                  for name, value in headers.items()]
+        return "\r\n".join([*lines, "Content-Length: 0", "", ""]).encode(), call
+
+    def ask(self, ask, *arguments, **how):
+        """Ask, return the result, "no answer" or "closed"."""
+        data, call = self.request(ask, *arguments, **how)
+        try:
+            self.sock.sendall(data)
+        except OSError:
+            return "closed"
+        return self.answer(call, how.get("delay", 0) / 1e6)
+
+    def answer(self, call, delay=0):
+        """Return the result that came in answer.
+
+        Where none comes, something else is asked: what answers that, and has
+        not answered this, never will.
+        """
+        found = self.receive(call, 0.7 + delay)
+        if found is None:
+            data, other = self.request("conid")
+            with contextlib.suppress(OSError):
+                self.sock.sendall(data)
+            found = self.receive(call, 5, other)
+        return found or "no answer"
+
+    def receive(self, call, patience, instead=None):
+        """Return the result for one Call-ID, None if it does not come."""
+        end = time.monotonic() + patience
+        while True:
+            while "\r\n\r\n" in self.text:
+                head, _, self.text = self.text.partition("\r\n\r\n")
+                headers = dict(SIP.findall(head + "\r\n"))
+                if not head.startswith("SIP/2.0 200"):
+                    continue
+                if headers["Call-ID"] == call:
+                    return headers["X-Result"]
+                if headers["Call-ID"] == instead:
+                    return None
+            self.sock.settimeout(max(0.001, end - time.monotonic()))
+            try:
+                data = self.sock.recv(65536)
+            except socket.timeout:
+                return None
+            except OSError:
+                return "closed"
+            if not data:
+                return "closed"
+            self.text += data.decode()
+
+    @functools.cached_property
+    def conid(self):
+        return self.ask("conid")
+
+    def talk(self):
+        """Send a message, and have it answered."""
+        return self.ask("conid")
+
+    def wait(self, patience):
+        """Return the time at which the system has closed, None if never."""
+        end = time.monotonic() + patience
+        with contextlib.suppress(OSError):
+            while True:
+                self.sock.settimeout(max(0.001, end - time.monotonic()))
+                try:
+                    if not self.sock.recv(65536):
+                        break
+                except socket.timeout:
+                    return None
+        return time.monotonic()
+
+
+class System:
+    """One process of a system under test, in one of the modes."""
+
+    def __init__(self, address):
+        self.address = address
+        self.events = []
+        self.asked = 0
+        self.lock = threading.Lock()
+        self.busy = threading.Lock()  # held while its script is kept busy
+        self.udp = None
+
+    def fetch(self):
+        """Ask for the events that are new; return all."""
+        with self.lock:
+            if self.udp is None:
+                self.udp = Client(socket.socket(socket.AF_INET,
+                                                socket.SOCK_DGRAM))
+                self.udp.sock.connect(self.address)
+                self.udp.name = self.udp.sock.getsockname()
+            while time.monotonic() > self.asked + 0.02:
+                answer = self.udp.ask("event", len(self.events) + 1)
+                fields = answer.split()
+                if len(fields) != len(Event._fields):
+                    self.asked = time.monotonic()
+                else:
+                    self.events.append(Event(*fields))
+            return [*self.events]
+
+    def end(self):
+        if self.udp is not None:
+            self.udp.sock.close()
+
+
+class Net:
+    """A host on a cable of its own: a network namespace with a veth pair."""
+
+    def __init__(self, number):
+        tag = os.getpid() * 10 + number
+        self.name, self.link = f"tcpops{tag}", f"tops{tag % 10 ** 8}"
+        net = f"10.{100 + tag % 100}.{tag // 100 % 250}"
+        self.ours, self.theirs = f"{net}.1", f"{net}.2"
+        self.reason = ""
+        try:
+            self.make()
+        except (OSError, subprocess.CalledProcessError) as error:
+            self.end()
+            self.reason = f"no network namespace can be made: {error}"
+
+    def make(self):
+        run("ip", "netns", "add", self.name)
+        run("ip", "link", "add", self.link, "type", "veth", "peer", "name",
+            "inner", "netns", self.name)
+        run("ip", "addr", "add", f"{self.ours}/24", "dev", self.link)
+        run("ip", "link", "set", self.link, "up")
+        run("ip", "-n", self.name, "addr", "add", f"{self.theirs}/24", "dev",
+            "inner")
+        run("ip", "-n", self.name, "link", "set", "inner", "up")
+
+    def connect(self, port):
+        """Return a socket of that host, connected to ours."""
+        if self.reason:
+            raise Skip(self.reason)
+        libc = ctypes.CDLL(None, use_errno=True)
+        with open("/proc/thread-self/ns/net") as home, open(
+                f"/run/netns/{self.name}") as there:
+            if libc.setns(there.fileno(), 0):
+                raise Skip("setns: " + os.strerror(ctypes.get_errno()))
+            try:
+                return socket.create_connection((self.ours, port), 5)
+            finally:
+                libc.setns(home.fileno(), 0)
+
+    def unplug(self):
+        run("ip", "-n", self.name, "link", "set", "inner", "down")
+
+    def end(self):
+        for command in (("ip", "netns", "del", self.name),
+                        ("ip", "link", "del", self.link)):
+            with contextlib.suppress(OSError, subprocess.CalledProcessError):
+                run(*command)
+
+
+def run(*command):
+    subprocess.run(command, check=True, capture_output=True)
+
+
+class Started(System):
+    """One that the suite has started itself."""
+
+    def __init__(self, name, mode, folder, hosts):
+        with socket.socket() as tcp, socket.socket(
+                socket.AF_INET, socket.SOCK_DGRAM) as udp:
+            tcp.bind((hosts[0], 0))
+            super().__init__(tcp.getsockname())
+            udp.bind(self.address)  # else: somebody else's, for UDP
+        self.log = open(Path(folder) / f"{name}-{mode}.log", "w+")
+        self.process = subprocess.Popen(
+            COMMANDS[name](mode, self.address[1], hosts, folder),
+            stdout=self.log, stderr=subprocess.STDOUT)
+
+    def wait(self):
+        """Wait until it answers."""
+        end = time.monotonic() + 20
+        while time.monotonic() < end and self.process.poll() is None:
+            with contextlib.suppress(OSError), socket.create_connection(
+                    self.address, 1) as sock:
+                if Client(sock).ask("conid").isdigit():
+                    return
+            time.sleep(0.05)
+        self.log.seek(0)
+        raise SystemExit(f"{' '.join(self.process.args)}: does not answer\n"
+                         + self.log.read()[-2000:])
+
+    def end(self):
+        super().end()
+        self.process.terminate()
+        try:
+            self.process.wait(5)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.log.close()
+
+def tcpops_command(mode, port, hosts, folder):
+    return [sys.executable, __file__, "--serve", mode, str(port), *hosts]
+
+
+def kamailio_command(mode, port, hosts, folder):
+    closed_event, lifetime, alone = MODES[mode]
+    listen = [f"tcp:{host}:{port}" for host in hosts]
+    return [shutil.which("kamailio"), "-DD", "-E",
+            "-f", str(HERE / "conformance.cfg"), "-m", "64", "-M", "8",
+            "-Y", folder, *itertools.chain.from_iterable(
+                ("-l", one) for one in [*listen, f"udp:{hosts[0]}:{port}"]),
+            "-A", f"MODE={closed_event}", "-A", f"LIFETIME={lifetime}",
+            *(["-A", "ALONE"] if alone else [])]
+
+
+COMMANDS = {"tcpops": tcpops_command, "kamailio": kamailio_command}
+
+# -- what a scenario works with ------------------------------------------------
+
+
+class Lab:
+    """One scenario with one system: what it opens ends with it."""
+
+    def __init__(self, system, number, net):
+        self.system = system
+        self.net = net
+        self.socks = []
+        #: An address for each scenario: what is told of a connection is told
+        #: of no other.
+        self.source = f"127.{100 + number // 250}.{number % 250}.1"
+        self.local = system.address[0].startswith("127.")
+        self.note = ""
+
+    def keep(self, sock):
+        self.socks.append(sock)
+        return sock
+
+    def client(self):
+        """Connect, and say nothing yet."""
+        return Client(self.keep(socket.create_connection(
+            self.system.address, 5,
+            source_address=(self.source, 0) if self.local else None)))
+
+    def udp(self):
+        sock = self.keep(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+        sock.connect(self.system.address)
+        return Client(sock)
+
+    def listener(self, backlog=5):
+        """A place to which the system can be told to connect."""
+        if not self.local:
+            raise Skip("the system could not connect to us")
+        return self.keep(socket.create_server((self.source, 0),
+                                              backlog=backlog))
+
+    def outgoing(self):
+        """Have the system connect to us; return (our side, who asked)."""
+        listener, asker = self.listener(), self.client()
+        asker.ask("forward", "%s:%d" % listener.getsockname())
+        listener.settimeout(5)
+        client = Client(self.keep(listener.accept()[0]))
+        client.sock.recv(65536)  # what was forwarded
+        client.name = listener.getsockname()
+        return client, asker
+
+    def deaf(self):
+        """Have the system connect where nobody answers; return (our side, who
+        asked).  The backlog is full: the kernel there drops the SYN.
+        """
+        listener, asker = self.listener(0), self.client()
+        for _ in range(2):
+            sock = self.keep(socket.socket())
+            sock.setblocking(False)
+            sock.connect_ex(listener.getsockname())
+        asker.ask("forward", "%s:%d" % listener.getsockname())
+        return Client(listener), asker
+
+    def silent(self):
+        """Return (a client that has sent nothing, its conid)."""
+        client = self.client()
+        return client, self.client().ask("tcp_get_conid",
+                                         "%s:%d" % client.name)
+
+    def end(self):
+        for sock in self.socks:
+            sock.close()
+
+    def ends(self, client):
+        return [event for event in self.system.fetch()
+                if (event.si, event.sp) == (client.name[0],
+                                            str(client.name[1]))]
+
+    def told(self, client, patience=3):
+        """Return the names of the events of a connection, or "none".
+
+        After the first, one that should not be has a little time to come.
+        """
+        end = time.monotonic() + patience
+        while time.monotonic() < end and not self.ends(client):
+            time.sleep(0.02)
+        time.sleep(0.2)
+        return ", ".join(event.name for event in self.ends(client)) or "none"
+
+    def timer(self, client):
+        """Return what the system's kernel says of a connection's timer, in
+        tens of seconds: it has run for a while when it is read.
+        """
+        if not self.local:
+            raise Skip("the system's kernel is not ours")
+        if not shutil.which("ss"):
+            raise Skip("there is no ss here (Debian: iproute2)")
+        end = time.monotonic() + 2
+        while True:
+            shown = subprocess.run(
+                ["ss", "-Htnoi", "src", "%s:%d" % self.system.address, "dst",
+                 "%s:%d" % client.name], capture_output=True,
+                text=True).stdout
+            # "on": an answer is not acknowledged yet, that comes first.
+            if "timer:(on" not in shown or time.monotonic() > end:
+                break
+        timer = re.search(r"timer:\(keepalive,([\d.]+)(\w+)", shown)
+        if not timer:
+            return "no keepalive"
+        self.note = f"ss: {timer[1]}{timer[2]}"
+        seconds = float(timer[1]) * {"ms": .001, "sec": 1, "min": 60}.get(
+            timer[2], float("nan"))
+        return f"about {-(-seconds // 10) * 10:.0f} s"
+
+
+def reset(client):
+    """Close with an RST."""
+    client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
+                           struct.pack("ii", 1, 0))
+    client.sock.close()
+
+
+def vanish(client):
+    """Have our kernel drop whatever comes for this socket."""
+    program = ctypes.create_string_buffer(struct.pack("HBBI", 6, 0, 0, 0))
+    client.sock.setsockopt(socket.SOL_SOCKET, 26, struct.pack(  # attach it
+        "HxxxxxxP" if struct.calcsize("P") == 8 else "HxxP", 1,
+        ctypes.addressof(program)))
+
+
+class Scenario(NamedTuple):
+    """A question, and the answer that the specification demands."""
+    clause: str
+    what: str
+    demand: str
+    mode: str
+    play: Callable
+    slow: bool
+
+    @property
+    def key(self):
+        return f"{self.clause} {self.what}"
+
+
+SCENARIOS = []
+
+
+def add(clause, what, demand, play, mode="always", slow=False):
+    SCENARIOS.append(Scenario(clause, what, str(demand), mode, play, slow))
+
+
+def scenario(clause, what, demand, mode="always", slow=False):
+    def decorate(play):
+        add(clause, what, demand, play, mode, slow)
+        return play
+    return decorate
+
+
+# -- 3: each function and form, from each place --------------------------------
+
+#: Each function with arguments that it accepts.
+FUNCTIONS = {
+    "tcp_conid_alive": ("3.1", ()), "tcp_conid_state": ("3.2", ()),
+    "tcp_keepalive_enable": ("3.3", (60, 5, 7)),
+    "tcp_keepalive_disable": ("3.4", ()),
+    "tcp_set_connection_lifetime": ("3.5", (60,)),
+    "tcp_enable_closed_event": ("3.6", ()),
+}
+
+
+def own(name, arguments, **how):
+    return lambda lab: lab.client().ask(name, *arguments, **how)
+
+
+def own_conid(name, arguments, **how):
+    def play(lab):
+        client = lab.client()
+        return client.ask(name, *arguments, conid=client.conid, **how)
+    return play
+
+
+def other(name, arguments):
+    def play(lab):
+        return lab.client().ask(name, *arguments, conid=lab.client().conid)
+    return play
+
+
+def other_udp(name, arguments):
+    def play(lab):
+        return lab.udp().ask(name, *arguments, conid=lab.client().conid)
+    return play
+
+
+def outside(name, arguments):
+    return lambda lab: lab.udp().ask(name, *arguments)
+
+
+def silent(name, arguments):
+    def play(lab):
+        client, conid = lab.silent()
+        return lab.client().ask(name, *arguments, conid=conid)
+    return play
+
+
+def connected(name, arguments):
+    def play(lab):
+        client, asker = lab.outgoing()
+        return asker.ask(name, *arguments, conid=client.conid)
+    return play
+
+
+def own_outgoing(name, arguments):
+    return lambda lab: lab.outgoing()[0].ask(name, *arguments)
+
+
+def connecting(name, arguments):
+    def play(lab):
+        peer, asker = lab.deaf()
+        conid = asker.ask("tcp_get_conid", "%s:%d" % peer.name)
+        return asker.ask(name, *arguments, conid=conid)
+    return play
+
+
+def gone(name, arguments):
+    def play(lab):
+        client = lab.client()
+        conid = client.conid
+        client.sock.close()
+        lab.told(client)
+        return lab.client().ask(name, *arguments, conid=conid)
+    return play
+
+
+for name, (clause, arguments) in FUNCTIONS.items():
+    ok = 1
+    manual = "manual" if name == "tcp_enable_closed_event" else "always"
+    for what, demand, play in (
+            ("in a message, without conid", 1, own(name, arguments)),
+            ("in a message, its own conid", 1, own_conid(name, arguments)),
+            ("in a message, another's conid", 1, other(name, arguments)),
+            ("outside of TCP, by conid", 1, other_udp(name, arguments)),
+            ("outside of TCP, without conid", -1, outside(name, arguments)),
+            ("an accepted connection that has been silent",
+             2 if name == "tcp_conid_state" else 1, silent(name, arguments)),
+            ("an outgoing connection that stands", 1,
+             connected(name, arguments)),
+            ("in a message of an outgoing connection, without conid", 1,
+             own_outgoing(name, arguments)),
+            ("an outgoing connection that does not stand yet",
+             3 if name == "tcp_conid_state" else 1,
+             connecting(name, arguments)),
+            ("a connection that has ended", -1, gone(name, arguments)),
+            *((f"conid {conid}", -1,
+               own(name, arguments, conid=conid))
+              for conid in (0, -5, 999999, 2 ** 31 - 1, 2 ** 40)),
+            ("conid and arguments as strings", 1,
+             own_conid(name, arguments, strings=True)),
+            ("a word for the conid", -1,
+             own(name, arguments, conid="word", strings=True))):
+        add(clause, f"{name}, {what}", demand, play, manual)
+
+# -- 3.1 and 3.2: states --------------------------------------------------------
+
+
+def asked_meanwhile(name, condition):
+    """The script is busy while something happens to a connection."""
+    def play(lab):
+        asker, client = lab.client(), lab.client()
+        with lab.system.busy:
+            conid = client.conid
+            data, call = asker.request(name, conid=conid, delay=300000)
+            asker.sock.sendall(data)
+            time.sleep(0.1)
+            condition(client)
+            return asker.answer(call, 0.3)
+    return play
+
+
+def half_close(client):
+    client.sock.shutdown(socket.SHUT_WR)
+
+
+def message_and_fin(client):
+    client.sock.sendall(client.request("conid")[0])
+    client.sock.shutdown(socket.SHUT_WR)
+
+
+def message_and_reset(client):
+    client.sock.sendall(client.request("conid")[0])
+    reset(client)
+
+
+for what, condition, state in (
+        ("FIN came", lambda client: client.sock.close(), -2),
+        ("FIN came, half-closed", half_close, -2),
+        ("a message and FIN came", message_and_fin, -2),
+        ("RST came", reset, -3),
+        ("a message and RST came", message_and_reset, -3)):
+    add("3.2", f"tcp_conid_state, {what} while the script was busy", state,
+        asked_meanwhile("tcp_conid_state", condition), "busy")
+    add("3.1", f"tcp_conid_alive, {what} while the script was busy", -1,
+        asked_meanwhile("tcp_conid_alive", condition), "busy")
+
+
+@scenario("3.2", "tcp_conid_state, in a message with FIN right behind it", -2)
+def _(lab):
+    client = lab.client()
+    data, call = client.request("tcp_conid_state", conid=client.conid)
+    client.sock.send(data, socket.MSG_MORE)  # in one segment with the FIN
+    client.sock.shutdown(socket.SHUT_WR)
+    return client.receive(call, 2) or "no answer"
+
+
+@scenario("3.2", "tcp_conid_state, a socket in an unknown bad state", -4)
+def _(lab):
+    return lab.client().ask("broken")
+
+
+@scenario("3.2", "tcp_conid_state, after the first message", 1)
+def _(lab):
+    client, conid = lab.silent()
+    before = lab.client().ask("tcp_conid_state", conid=conid)
+    client.talk()
+    after = lab.client().ask("tcp_conid_state", conid=conid)
+    lab.note = f"before it {before}"
+    return after
+
+
+@scenario("3.2", "tcp_conid_state, connect was refused", -1)
+def _(lab):
+    listener, asker = lab.listener(), lab.client()
+    address = "%s:%d" % listener.getsockname()
+    listener.close()
+    asker.ask("forward", address)
+    time.sleep(0.2)
+    return asker.ask("tcp_conid_state",
+                     conid=asker.ask("tcp_get_conid", address))
+
+
+# -- 3.3 and 3.4: keepalive -------------------------------------------------------
+
+
+def enabled(*arguments, strings=False):
+    return own("tcp_keepalive_enable", arguments, strings=strings)
+
+
+for arguments, demand in (
+        ((1, 1, 1), 1), ((32767, 127, 32767), 1),
+        ((0, 5, 5), -1), ((60, 0, 5), -1), ((60, 5, 0), -1),
+        ((0, 0, 0), -1), ((-1, -1, -1), -1), ((-1, 5, 5), -1),
+        ((32768, 5, 5), -1), ((60, 128, 5), -1), ((60, 5, 32768), -1),
+        ((99999, 999, 99999), -1), ((2 ** 40, 5, 5), -1)):
+    add("3.3", "tcp_keepalive_enable, idle {}, count {}, interval {}".format(
+        *arguments), demand, enabled(*arguments))
+for arguments, demand in (((60, 5, 7), 1), (("60", "5.0", "7"), -1),
+                          (("", 5, 7), -1), (("word", 5, 7), -1)):
+    add("3.3", "tcp_keepalive_enable, the strings {!r}, {!r}, {!r}".format(
+        *map(str, arguments)), demand, enabled(*arguments, strings=True))
+
+
+def timer(*steps, by_conid=False, pause=0.0):
+    """Call functions, return the kernel's timer."""
+    def play(lab):
+        client = lab.client()
+        asker = lab.client() if by_conid else client
+        conid = client.conid if by_conid else None
+        for name, *arguments in steps:
+            asker.ask(name, *arguments, conid=conid)
+        time.sleep(pause)
+        return lab.timer(client)
+    return play
+
+
+ENABLE = "tcp_keepalive_enable"
+for what, demand, play in (
+        ("60, 5, 5", "about 60 s", timer((ENABLE, 60, 5, 5))),
+        ("60, 5, 5 by conid", "about 60 s",
+         timer((ENABLE, 60, 5, 5), by_conid=True)),
+        ("50, 5, 5, then 20, 5, 5", "about 20 s",
+         timer((ENABLE, 50, 5, 5), (ENABLE, 20, 5, 5))),
+        ("1, 5, 30, after a probe", "about 30 s",
+         timer((ENABLE, 1, 5, 30), pause=1.3)),
+        ("-1, 5, 5, which fails", "no keepalive",
+         timer((ENABLE, -1, 5, 5))),
+        ("50, 5, 5, then 20, 128, 5, which fails", "about 50 s",
+         timer((ENABLE, 50, 5, 5), (ENABLE, 20, 128, 5)))):
+    add("3.3", f"the kernel's timer after tcp_keepalive_enable {what}",
+        demand, play)
+for what, play in (
+        ("", timer((ENABLE, 60, 5, 5), ("tcp_keepalive_disable",))),
+        (" by conid", timer((ENABLE, 60, 5, 5), ("tcp_keepalive_disable",),
+                            by_conid=True)),
+        (" twice", timer((ENABLE, 60, 5, 5), ("tcp_keepalive_disable",),
+                         ("tcp_keepalive_disable",)))):
+    add("3.4", f"the kernel's timer after tcp_keepalive_disable{what}",
+        "no keepalive", play)
+
+
+@scenario("3.3", 'example 1.4: tcp_keepalive_enable("60", "5", "5")',
+          "1, about 60 s")
+def _(lab):
+    client = lab.client()
+    result = client.ask("example 1.4")
+    return f"{result}, {lab.timer(client)}"
+
+
+def in_time(limit):
+    """Say whether something that took seconds was within a limit."""
+    return lambda seconds: (
+        "never" if seconds is None else
+        "on time" if -0.1 <= seconds - limit <= 0.6 else
+        "early" if seconds < limit else "late")
+
+
+def in_a_reply(client, name, *arguments, **how):
+    """Have a function called in the onreply_route."""
+    client.sock.sendall(client.request(name, *arguments, response=True,
+                                       **how)[0])
+    client.talk()  # by its answer the reply has been handled
+
+
+@scenario("3.3", "tcp_keepalive_enable in onreply_route, without conid",
+          "about 60 s")
+def _(lab):
+    client = lab.client()
+    in_a_reply(client, ENABLE, 60, 5, 5)
+    return lab.timer(client)
+
+
+@scenario("3.3", "tcp_keepalive_enable in onreply_route, by conid",
+          "about 60 s")
+def _(lab):
+    client = lab.client()
+    in_a_reply(lab.client(), ENABLE, 60, 5, 2, conid=client.conid)
+    return lab.timer(client)
+
+
+@scenario("3.4", "tcp_keepalive_disable in onreply_route, without conid",
+          "no keepalive")
+def _(lab):
+    client = lab.client()
+    client.ask(ENABLE, 60, 5, 5)
+    in_a_reply(client, "tcp_keepalive_disable")
+    return lab.timer(client)
+
+
+@scenario("3.3", "keepalive 2, 3, 1: an idle peer vanishes",
+          "tcp:timeout on time", slow=True)
+def _(lab):
+    client = lab.client()
+    client.ask(ENABLE, 2, 3, 1)
+    return vanished(lab, client, lambda: None)
+
+
+@scenario("3.3", "keepalive 2, 3, 1: a peer vanishes with data in flight",
+          "tcp:timeout on time", slow=True)
+def _(lab):
+    client, asker = lab.client(), lab.client()
+    client.ask(ENABLE, 2, 3, 1)
+    return vanished(lab, client, lambda: asker.ask(
+        "forward", "%s:%d" % client.name))
+
+
+def vanished(lab, client, then, make_vanish=vanish):
+    """Have a peer vanish; return what is told within 12 s, and when."""
+    make_vanish(client)
+    start = time.monotonic()
+    then()
+    names = lab.told(client, 12)
+    seconds = time.monotonic() - start - 0.2
+    if names == "none":
+        lab.note = "within 12 s"
+        return names
+    lab.note = f"{seconds:.1f} s"
+    # 2 + 3 * 1 s, or that less the second after which the last counts.
+    return f"{names} {'on time' if 3.5 < seconds < 5.7 else 'late'}"
+
+
+@scenario("3.3", "keepalive 2, 3, 1: a host vanishes with its cable",
+          "tcp:timeout on time", slow=True)
+def _(lab):
+    client = Client(lab.keep(lab.net.connect(lab.system.address[1])))
+    client.ask(ENABLE, 2, 3, 1)
+    return vanished(lab, client, lambda: None, lambda client:
+                    lab.net.unplug())
+
+
+@scenario("3.3", "keepalive 1, 2, 1: a living peer that does not read",
+          "lives", slow=True)
+def _(lab):
+    client = lab.client()
+    conid = client.conid
+    client.ask(ENABLE, 1, 2, 1)
+    time.sleep(5)
+    return "lives" if lab.client().ask(
+        "tcp_conid_state", conid=conid) == "1" else "ended"
+
+
+@scenario("3.4", "keepalive 1, 2, 1 disabled again, then the peer vanishes",
+          "lives", slow=True)
+def _(lab):
+    client = lab.client()
+    conid = client.conid
+    client.ask(ENABLE, 1, 2, 1)
+    client.ask("tcp_keepalive_disable")
+    vanish(client)
+    time.sleep(5)
+    return "lives" if lab.client().ask(
+        "tcp_conid_state", conid=conid) == "1" else "ended"
+
+
+# -- 3.5: lifetime ------------------------------------------------------------
+
+LIFETIME = "tcp_set_connection_lifetime"
+for value, demand in ((3605, 1), (1, 1), (-1, -1), (2 ** 40, -1)):
+    add("3.5", f"{LIFETIME}, {value} s", demand, own(LIFETIME, (value,)))
+for value, demand in (("3605", 1), ("1.5", 1), ("1e3", -1), ("-1", -1),
+                      ("word", -1), ("", -1)):
+    add("3.5", f"{LIFETIME}, the string {value!r}", demand,
+        own(LIFETIME, (value,), strings=True))
+
+
+@scenario("3.5", f'example 1.6: {LIFETIME}("3605")', 1)
+def _(lab):
+    return lab.client().ask("example 1.6")
+
+
+def closes(limit, start, lab, client, patience=25):
+    """Return when a connection ends, and what is told of it."""
+    end = client.wait(patience)
+    seconds = None if end is None else end - start
+    lab.note = "still open" if end is None else f"{seconds:.2f} s"
+    return f"{in_time(limit)(seconds)}, {lab.told(client, 1)}"
+
+
+def idle(*lifetimes, by=lambda lab, client: client):
+    """Set lifetimes, one after the other, and wait for the last."""
+    def play(lab):
+        client = lab.client()
+        conid = client.conid
+        asker = by(lab, client)
+        for lifetime in lifetimes:
+            asker.ask(LIFETIME, lifetime,
+                      conid=None if asker is client else conid)
+        return closes(lifetimes[-1], time.monotonic(), lab, client)
+    return play
+
+
+def another(lab, client):
+    return lab.client()
+
+
+def idle_before(seconds):
+    def by(lab, client):
+        time.sleep(seconds)
+        return lab.client()
+    return by
+
+
+for what, play in (
+        ("1 s", idle(1)), ("2 s", idle(2)), ("4 s", idle(4)),
+        ("0 s", idle(0)), ("2 s, set from another connection",
+                           idle(2, by=another)),
+        ("2 s, set from outside of TCP", idle(2, by=lambda lab, _: lab.udp())),
+        ("2 s, set after 8 s of silence", idle(2, by=idle_before(8))),
+        ("1 s raised to 3 s", idle(1, 3)),
+        ("30 s shortened to 2 s", idle(30, 2)),
+        ("30 s shortened to 2 s from another connection",
+         idle(30, 2, by=another))):
+    add("3.5", f"an idle connection's lifetime of {what}",
+        "on time, tcp:timeout", play, slow=True)
+
+
+def busy(lifetime, talk):
+    """Have traffic for longer than the lifetime, then none."""
+    def play(lab):
+        client, asker = lab.client(), lab.client()
+        client.ask(LIFETIME, lifetime)
+        start = time.monotonic()
+        for _ in range(3):
+            time.sleep(lifetime * 0.6)
+            start = talk(client, asker) and time.monotonic() or start
+            if client.wait(0.01):
+                return "early"
+        return closes(lifetime, start, lab, client)
+    return play
+
+
+for what, talk in (
+        ("received", lambda client, asker: client.talk()),
+        ("sent", lambda client, asker: asker.ask(
+            "forward", "%s:%d" % client.name))):
+    add("3.5", f"a lifetime of 2 s renewed by what is {what}",
+        "on time, tcp:timeout", busy(2, talk), slow=True)
+
+
+@scenario("3.5", "a lifetime of 2 s not renewed by a question about it",
+          "on time, tcp:timeout", slow=True)
+def _(lab):
+    client, asker = lab.client(), lab.client()
+    conid = client.conid
+    client.ask(LIFETIME, 2)
+    start = time.monotonic()
+    time.sleep(1)
+    asker.ask("tcp_conid_state", conid=conid)
+    return closes(2, start, lab, client)
+
+
+@scenario("3.5", "the default lifetime (of 4 s), an idle connection",
+          "on time, tcp:closed", "alone", slow=True)
+def _(lab):
+    client = lab.client()
+    client.talk()
+    return closes(4, time.monotonic(), lab, client)
+
+
+@scenario("3.5", "the default lifetime (of 4 s), a connection never used",
+          "on time, tcp:closed", "alone", slow=True)
+def _(lab):
+    return closes(4, time.monotonic(), lab, lab.client())
+
+
+@scenario("3.5", "the default lifetime (of 4 s) raised to 60 s", "lives",
+          "alone", slow=True)
+def _(lab):
+    client = lab.client()
+    client.ask(LIFETIME, 60)
+    time.sleep(5)
+    return "lives" if client.ask("tcp_keepalive_disable") == "1" else "ended"
+
+
+# -- 3.6, 2.1 and 4.1: events ---------------------------------------------------
+
+CLOSED_EVENT = "tcp_enable_closed_event"
+for mode, demand in (("never", -1), ("always", -1)):
+    add("3.6", f"{CLOSED_EVENT} without conid, closed_event"
+        f" {MODES[mode][0]}", demand, own(CLOSED_EVENT, ()), mode)
+    add("3.6", f"{CLOSED_EVENT} by conid, closed_event {MODES[mode][0]}", 1,
+        own_conid(CLOSED_EVENT, ()), mode)
+
+
+def by_fin(lab, client):
+    client.sock.close()
+
+
+def by_half_close(lab, client):
+    half_close(client)
+
+
+def by_reset(lab, client):
+    reset(client)
+
+
+def by_reset_behind_data(lab, client):
+    """Part of a message, which nobody can answer, and then an RST."""
+    client.sock.sendall(client.request("conid")[0][:99])
+    reset(client)
+
+
+def by_reset_behind_fin(lab, client):
+    client.sock.shutdown(socket.SHUT_WR)
+    time.sleep(0.1)
+    reset(client)
+
+
+def by_lifetime(lab, client):
+    client.ask(LIFETIME, 1)
+    client.wait(25)
+
+
+def by_keepalive(lab, client):
+    client.ask(ENABLE, 1, 2, 1)
+    vanish(client)
+    time.sleep(3)
+
+
+def by_itself(lab, client):
+    client.ask("tcp_close_connection")
+
+
+def by_conid(lab, client):
+    lab.client().ask("tcp_close_connection", conid=client.conid)
+
+
+def by_violation(lab, client):
+    client.sock.sendall(b"this is no SIP\r\nContent-Length: nonsense\r\n\r\n")
+
+
+WAYS = {
+    "FIN": (by_fin, "tcp:closed"),
+    "FIN, half-closed": (by_half_close, "tcp:closed"),
+    "FIN, then RST": (by_reset_behind_fin, "tcp:closed"),
+    "RST": (by_reset, "tcp:reset"),
+    "RST behind half a message": (by_reset_behind_data, "tcp:reset"),
+    "its lifetime": (by_lifetime, "tcp:timeout"),
+    "keepalive": (by_keepalive, "tcp:timeout"),
+    "tcp_close_connection from another": (by_conid, "tcp:closed"),
+    "tcp_close_connection on itself": (by_itself, "tcp:closed"),
+    "what is no SIP": (by_violation, "tcp:closed"),
+}
+
+
+def death(way, enable=None):
+    def play(lab):
+        client = lab.client()
+        client.ask(LIFETIME, 60)
+        if enable is not None:
+            client.ask(CLOSED_EVENT, conid=enable(client))
+        way(lab, client)
+        return lab.told(client, 2)
+    return play
+
+
+for way, (play, event) in WAYS.items():
+    slow = way in ("its lifetime", "keepalive")
+    add("4.1", f"closed_event 1, it ends by {way}", event, death(play),
+        "always", slow)
+    add("4.1", f"closed_event 1, no route but tcp:closed, it ends by {way}",
+        "tcp:closed", death(play), "alone", slow)
+    add("2.1", f"closed_event 0, it ends by {way}", "none", death(play),
+        "never", slow)
+    add("2.1", f"closed_event 2, not enabled, it ends by {way}", "none",
+        death(play), "manual", slow)
+    add("2.1", f"closed_event 2, enabled, it ends by {way}", event,
+        death(play, lambda client: None), "manual", slow)
+
+
+def silent_death(way):
+    def play(lab):
+        client = lab.client()
+        client.conid  # else it would be asked for when it is needed
+        time.sleep(8)
+        way(lab, client)
+        return lab.told(client, 2)
+    return play
+
+
+for way in ("FIN", "RST", "tcp_close_connection from another"):
+    add("4.1", f"closed_event 1, it ends after 8 s of silence by {way}",
+        WAYS[way][1], silent_death(WAYS[way][0]), slow=True)
+add("2.1", "closed_event 2, enabled by conid, it ends by FIN", "tcp:closed",
+    death(by_fin, lambda client: client.conid), "manual")
+add("2.1", "closed_event 0, enabled by conid, it ends by FIN", "none",
+    death(by_fin, lambda client: client.conid), "never")
+
+
+@scenario("2.1", "closed_event 2, enabled in onreply_route, it ends by FIN",
+          "tcp:closed", "manual")
+def _(lab):
+    client = lab.client()
+    in_a_reply(client, CLOSED_EVENT)
+    client.sock.close()
+    return lab.told(client)
+
+
+@scenario("4.1", "$conid in the event route", "its conid")
+def _(lab):
+    client = lab.client()
+    conid = client.conid
+    client.sock.close()
+    lab.told(client)
+    found = [event.conid for event in lab.ends(client)]
+    return "its conid" if found == [conid] else ", ".join(found) or "none"
+
+
+@scenario("4.1", "$proto, $si, $sp, $Ri and $Rp in the event route",
+          "its addresses")
+def _(lab):
+    client = lab.client()
+    client.talk()
+    client.sock.close()
+    lab.told(client)
+    wanted = ("tcp", *map(str, client.name + lab.system.address))
+    found = [event[2:] for event in lab.ends(client)]
+    return "its addresses" if found == [wanted] else str(found)
+
+
+@scenario("4.1", "a message with FIN right behind it",
+          "answered, tcp:closed")
+def _(lab):
+    client = lab.client()
+    data, call = client.request("conid")
+    client.sock.send(data, socket.MSG_MORE)
+    client.sock.shutdown(socket.SHUT_WR)
+    answer = client.receive(call, 2) or "no answer"
+    return f"{'answered' if answer.isdigit() else answer}, {lab.told(client)}"
+
+
+@scenario("4.1", "an accepted connection that never said a word",
+          "tcp:closed")
+def _(lab):
+    client = lab.client()
+    client.sock.close()
+    return lab.told(client)
+
+
+@scenario("4.1", "an outgoing connection, FIN from the peer", "tcp:closed")
+def _(lab):
+    client, _ = lab.outgoing()
+    client.sock.close()
+    return lab.told(client)
+
+
+@scenario("4.1", "an outgoing connection, RST from the peer", "tcp:reset")
+def _(lab):
+    client, _ = lab.outgoing()
+    reset(client)
+    return lab.told(client)
+
+
+@scenario("4.1", "an outgoing connection, refused", "tcp:reset")
+def _(lab):
+    listener, asker = lab.listener(), lab.client()
+    client = Client(listener)
+    listener.close()
+    asker.ask("forward", "%s:%d" % client.name)
+    return lab.told(client, 2)
+
+
+@scenario("4.1", "an outgoing connection, no answer for 3 s", "tcp:timeout",
+          slow=True)
+def _(lab):
+    peer, _ = lab.deaf()
+    return lab.told(peer, 12)
+
+
+# -- conids ----------------------------------------------------------------------
+
+
+@scenario("3", "the conids of 300 connections, one after the other",
+          "300 different, none before", slow=True)
+def _(lab):
+    first, seen = lab.client().conid, set()
+    for _ in range(300):
+        client = lab.client()
+        seen.add(client.conid)
+        client.sock.close()
+    before = sum(int(conid) <= int(first) for conid in seen
+                 if conid.isdigit())
+    return f"{len(seen)} different, {before or 'none'} before"
+
+
+@scenario("3", "the state of a conid after 100 connections more", -1,
+          slow=True)
+def _(lab):
+    client = lab.client()
+    conid = client.conid
+    client.sock.close()
+    for _ in range(100):
+        client = lab.client()
+        client.talk()
+        client.sock.close()
+    return lab.client().ask("tcp_conid_state", conid=conid)
+
+
+@scenario("3", "tcp_get_conid, a connection that stands", "its conid")
+def _(lab):
+    client = lab.client()
+    conid = client.conid
+    found = lab.client().ask("tcp_get_conid", "%s:%d" % client.name)
+    return "its conid" if found == conid else found
+
+
+@scenario("3", "tcp_get_conid, a peer that is not connected", -1)
+def _(lab):
+    return lab.client().ask("tcp_get_conid", f"{lab.source}:9")
+
+
+@scenario("3", "tcp_close_connection on itself, then an answer", "closed")
+def _(lab):
+    return lab.client().ask("tcp_close_connection")
+
+
+@scenario("3", "an answer, then tcp_close_connection on itself", 1)
+def _(lab):
+    return lab.client().ask("answer, then tcp_close_connection")
+
+
+@scenario("3", "tcp_close_connection by conid, then the state", -1)
+def _(lab):
+    client, asker = lab.client(), lab.client()
+    conid = client.conid
+    asker.ask("tcp_close_connection", conid=conid)
+    return asker.ask("tcp_conid_state", conid=conid)
+
+
+@scenario("3", "tcp_close_connection, conid 999999", -1)
+def _(lab):
+    return lab.client().ask("tcp_close_connection", conid=999999)
+
+
+@scenario("3", "tcp_set_otcpid: what is forwarded goes out on that connection",
+          "there")
+def _(lab):
+    client, asker = lab.client(), lab.client()
+    conid = client.conid
+    asker.ask("forward", f"{lab.source}:9", otcpid=conid)
+    client.sock.settimeout(2)
+    try:
+        return "there" if client.sock.recv(65536).startswith(b"OPTIONS") else (
+            "something else")
+    except socket.timeout:
+        return "not there"
+
+# -- where Kamailio answers otherwise ---------------------------------------------
+
+
+def each(functions, *whats):
+    """Return the keys of the same scenarios of several functions."""
+    return [f"{FUNCTIONS[name][0]} {name}, {what}"
+            for name in functions for what in whats]
+
+
+PROBES = ["tcp_conid_alive", "tcp_conid_state"]
+BY_POINTER = [LIFETIME, CLOSED_EVENT]
+
+#: Where tcpops answers otherwise than Kamailio 5.6.3 does: what that answers
+#: (or what else, where it depends on which of its processes is quicker), the
+#: sentence of the specification or the reason that decides it, the scenarios.
+GROUPS = [
+    ("unknown", '3.1, 3.2: "conid (optional)"; Kamailio has only the form with'
+     " a conid",
+     *each(PROBES, "in a message, without conid",
+           "outside of TCP, without conid",
+           "in a message of an outgoing connection, without conid")),
+    ("-1", 'the examples pass "60" and "$var(conid)": a number may come as a'
+     " string; Kamailio takes such a literal, but no variable that holds a"
+     " string",
+     *each(FUNCTIONS, "conid and arguments as strings"),
+     f"3.3 {ENABLE}, the strings '60', '5', '7'",
+     f"3.5 {LIFETIME}, the string '3605'", f"3.5 {LIFETIME}, the string '1.5'"),
+    ("no answer", '3.5, 3.6: "Retuns 1 on success, -1 on failure"; Kamailio'
+     " returns 0, which ends the script",
+     *each(BY_POINTER, "a connection that has ended", "conid 0", "conid -5",
+           "conid 999999", "conid 2147483647", "conid 1099511627776")),
+    ("-1 or 1", '3.2: "-2: Socket has reached EOF"; Kamailio answers what it'
+     " knew last, and closes by itself at a FIN",
+     *(f"3.2 tcp_conid_state, {what} while the script was busy" for what in (
+         "FIN came", "FIN came, half-closed", "a message and FIN came"))),
+    ("-1 or 1", '3.2: "-3: Socket error has occured"; Kamailio answers what it'
+     " knew last, and closes by itself at an RST",
+     *(f"3.2 tcp_conid_state, {what} while the script was busy"
+       for what in ("RST came", "a message and RST came"))),
+    ("unknown", '3.2: "-4: Socket is in unknow bad state"; nothing brings'
+     " Kamailio to it from outside",
+     "3.2 tcp_conid_state, a socket in an unknown bad state"),
+    ("1", '3.3: "-1 on failure"; the kernel refuses such a value, which'
+     " Kamailio does not heed",
+     *(f"3.3 {ENABLE}, idle {idle}, count {count}, interval {interval}"
+       for idle, count, interval in (
+           (0, 5, 5), (60, 0, 5), (60, 5, 0), (0, 0, 0), (-1, -1, -1),
+           (-1, 5, 5), (32768, 5, 5), (60, 128, 5), (60, 5, 32768),
+           (99999, 999, 99999), (2 ** 40, 5, 5)))),
+    ("about 7140 s", "what returns -1 has changed nothing; Kamailio has turned"
+     " keepalive on, with the system's two hours",
+     f"3.3 the kernel's timer after {ENABLE} -1, 5, 5, which fails"),
+    ("about 20 s", "what returns -1 has changed nothing; Kamailio has set what"
+     " the kernel took",
+     f"3.3 the kernel's timer after {ENABLE} 50, 5, 5, then 20, 128, 5, which"
+     " fails"),
+    ("none", '3.3: "number of non-acked keepalive before reseting the'
+     ' connection"; the kernel sends none while data is in flight, so tcpops'
+     " has a deadline of its own",
+     "3.3 keepalive 2, 3, 1: a peer vanishes with data in flight"),
+    ("1", "3.5: out of range; Kamailio makes another number of it",
+     f"3.5 {LIFETIME}, 1099511627776 s"),
+    ("late, none or never, none", '3.5: "the new connection lifetime", in'
+     ' seconds; 4.1: "or timeout"; Kamailio looks at a lifetime seldom, and'
+     " tells nobody of its end",
+     *(f"3.5 an idle connection's lifetime of {what}" for what in (
+         "1 s", "2 s", "4 s", "0 s", "2 s, set from another connection",
+         "2 s, set from outside of TCP", "2 s, set after 8 s of silence",
+         "1 s raised to 3 s", "30 s shortened to 2 s",
+         "30 s shortened to 2 s from another connection")),
+     "3.5 a lifetime of 2 s renewed by what is received",
+     "3.5 a lifetime of 2 s renewed by what is sent",
+     "3.5 a lifetime of 2 s not renewed by a question about it",
+     "3.5 the default lifetime (of 4 s), an idle connection"),
+    ("late, none or on time, none", '4.1: "or timeout"; Kamailio tells nobody'
+     " of the end of a lifetime",
+     "3.5 the default lifetime (of 4 s), a connection never used"),
+    ("none", '4.1: "or timeout"; Kamailio tells nobody of the end of a'
+     " lifetime",
+     "4.1 closed_event 1, it ends by its lifetime",
+     "4.1 closed_event 1, no route but tcp:closed, it ends by its lifetime",
+     "2.1 closed_event 2, enabled, it ends by its lifetime"),
+    ("none", '4.1: "closed by the remote party, or reset, or timeout"; Kamailio'
+     " 5.6 calls tcp:reset and tcp:timeout alone for the latter two, also where"
+     " there is no such route",
+     "4.1 closed_event 1, no route but tcp:closed, it ends by RST",
+     "4.1 closed_event 1, no route but tcp:closed, it ends by keepalive"),
+    ("tcp:closed or none", '4.1: the same, and "reset"; Kamailio takes an RST'
+     " behind data for a FIN, or not",
+     "4.1 closed_event 1, no route but tcp:closed, it ends by RST behind half"
+     " a message"),
+    ("tcp:closed or tcp:reset", '4.1: "reset"; Kamailio takes an RST behind'
+     " data for a FIN, or not",
+     "4.1 closed_event 1, it ends by RST behind half a message",
+     "2.1 closed_event 2, enabled, it ends by RST behind half a message"),
+    ("none", "every conid ends in one event; Kamailio has none where it closes"
+     " a silent connection itself",
+     "4.1 closed_event 1, it ends after 8 s of silence by tcp_close_connection"
+     " from another"),
+    ("none", "every conid ends in one event; Kamailio has none for a connect"
+     " that fails",
+     "4.1 an outgoing connection, refused",
+     "4.1 an outgoing connection, no answer for 3 s"),
+    ("<null>", '4.1: "The corresponding $conid variable will be available in'
+     ' the event route"', "4.1 $conid in the event route"),
+]
+#: The same by scenario: {key: (what Kamailio answers, why)}.
+DIFFERENCES = {key: (answer, why) for answer, why, *keys in GROUPS
+               for key in keys}
+
+# -- the run -----------------------------------------------------------------------
+
+class Answer(NamedTuple):
+    """What a system answered in a scenario; None: skipped, the note says why.
+    """
+    text: str
+    note: str
+
+
+def play(scenario, number, systems, net):
+    """Play a scenario with one system; return an Answer."""
+    system = systems.get(scenario.mode)
+    if system is None:
+        return Answer(None, f"no address for the mode {scenario.mode}")
+    lab = Lab(system, number, net)
+    try:
+        return Answer(scenario.play(lab), lab.note)
+    except Skip as skip:
+        return Answer(None, str(skip))
+    except OSError as error:
+        return Answer(f"error: {error}", "")
+    finally:
+        lab.end()
+
+
+def start(name, folder, number):
+    """Start a system in every mode; return ({mode: System}, Net)."""
+    net = Net(number)
+    systems = {}
+    try:
+        for mode in MODES:
+            hosts = ["127.0.0.1"] + ([net.ours] if mode == "always"
+                                     and not net.reason else [])
+            systems[mode] = Started(name, mode, folder, hosts)
+        for system in systems.values():
+            system.wait()
+    except BaseException:
+        stop(systems, net)
+        raise
+    return systems, net
+
+
+def stop(systems, net):
+    for system in systems.values():
+        system.end()
+    net.end()
+
+
+def run_all(scenarios, places, progress):
+    """Play scenarios with all systems; return {key: {system: Answer}}.
+
+    Those that wait for time to pass wait together, and before the others, who
+    would keep the processor from them.
+    """
+    numbers = {one.key: number for number, one in enumerate(SCENARIOS)}
+    found = {one.key: {} for one in scenarios}
+    done, all_of_them = itertools.count(1), len(scenarios) * len(places)
+
+    def job(one, name):
+        systems, net = places[name]
+        number = numbers[one.key] * len(places) + [*places].index(name)
+        found[one.key][name] = play(one, number, systems, net)
+        progress(f"{next(done)} of {all_of_them}")
+    for slow, workers in ((True, 128), (False, 8)):
+        with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+            jobs = [pool.submit(job, one, name) for one in scenarios
+                    for name in places if one.slow is slow]
+            try:
+                for one in concurrent.futures.as_completed(jobs):
+                    one.result()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+    return found
+
+
+def verdict(scenario, answer):
+    return ("skipped" if answer.text is None else
+            "pass" if answer.text == scenario.demand else "differs")
+
+
+def check_differences(scenarios, found):
+    """Compare what tcpops and Kamailio answered with DIFFERENCES; return what
+    is wrong, a list of sentences.
+    """
+    wrong = []
+    for one in scenarios:
+        answers = found[one.key]
+        if not {"tcpops", "kamailio"} <= set(answers):
+            continue
+        ours, theirs = answers["tcpops"].text, answers["kamailio"].text
+        listed = DIFFERENCES.get(one.key)
+        if ours is None or theirs is None:
+            continue
+        if ours != theirs and listed is None:
+            wrong.append(f"{one.key}: tcpops answers {ours!r}, Kamailio"
+                         f" {theirs!r}, and the table does not say so")
+        elif listed is not None and theirs not in listed[0].split(" or "):
+            wrong.append(f"{one.key}: Kamailio answers {theirs!r}, and the"
+                         f" table says {listed[0]!r}")
+    return wrong
+
+
+# -- what is printed ------------------------------------------------------------
+
+HEAD = "clause", "what is done", "demanded"
+
+
+def rows(scenarios, found, names):
+    """Return the table, a list of lists of strings."""
+    lines = [[*HEAD, *names, "verdict"]]
+    for one in scenarios:
+        answers = [found[one.key][name] for name in names]
+        cells = [("skipped" if answer.text is None else answer.text)
+                 + (f" ({answer.note})" if answer.note else "")
+                 for answer in answers]
+        bad = [name for name, answer in zip(names, answers)
+               if verdict(one, answer) == "differs"]
+        lines.append([one.clause, one.what, one.demand, *cells,
+                      f"{', '.join(bad)} differs" if bad else
+                      "skipped" if "skipped" in cells else "pass"])
+    return lines
+
+
+def show_text(lines):
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    for line in lines:
+        print("  ".join(cell.ljust(width) for cell, width in zip(
+            line, widths)).rstrip())
+
+
+def show_markdown(lines):
+    lines = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+    for line in [lines[0], ["---"] * len(lines[0]), *lines[1:]]:
+        print("| " + " | ".join(line) + " |")
+
+
+def differences():
+    """Return the README's section on differences, from GROUPS."""
+    by_key = {one.key: one for one in SCENARIOS}
+    lines = [["what is done", "Kamailio 5.6.3", "tcpops", "why"]]
+    for answer, why, *keys in GROUPS:
+        demands = dict.fromkeys(by_key[key].demand for key in keys)
+        lines.append([f"{keys[0]}" + (
+            f", and {len(keys) - 1} more like it" if len(keys) > 1 else ""),
+            answer, " or ".join(demands), why])
+    return lines
+
+
+def show_json(scenarios, found, wrong):
+    print(json.dumps({"scenarios": [
+        {"clause": one.clause, "what": one.what, "demanded": one.demand,
+         "answers": {name: {"answer": answer.text, "note": answer.note,
+                            "verdict": verdict(one, answer)}
+                     for name, answer in found[one.key].items()}}
+        for one in scenarios], "wrong": wrong}, indent=1))
+
+
+# -- the command line -------------------------------------------------------------
+
+
+def parse_system(text):
+    """Return (name, mode, address) of NAME or NAME[:MODE]=HOST:PORT."""
+    name, _, address = text.partition("=")
+    name, _, mode = name.partition(":")
+    if not address:
+        if text not in COMMANDS:
+            raise argparse.ArgumentTypeError(
+                f"expected {' or '.join(COMMANDS)}, or NAME[:MODE]=HOST:PORT,"
+                f" not {text!r}")
+        return name, None, None
+    if mode not in ("", *MODES):
+        raise argparse.ArgumentTypeError(
+            f"expected a mode out of {', '.join(MODES)}, not {mode!r}")
+    try:
+        return name, mode or "always", tcpops.parse_address(address)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error))
+
+
+def parser():
+    modes = ", ".join(f"{mode} (closed_event {event}"
+                      + (", a default lifetime of 4 s, event_route[tcp:closed]"
+                         " and no other)" if alone else ")")
+                      for mode, (event, _, alone) in MODES.items())
+    parser = argparse.ArgumentParser(
+        description="Ask systems what the specification demands.",
+        epilog=f"Modes: {modes}. What a system must answer to be asked is in"
+        " the text at the top of this file.")
+    parser.add_argument(
+        "--system", metavar="SYSTEM", action="append", type=parse_system,
+        help="tcpops or kamailio, which are started, or NAME[:MODE]=HOST:PORT,"
+        " one that runs there; again and again (default: tcpops, and kamailio"
+        " if it is installed)")
+    parser.add_argument("--only", metavar="TEXT", action="append",
+                        help="scenarios whose clause or text contains this")
+    parser.add_argument("--must-pass", metavar="NAME", action="append",
+                        default=[], help="exit with 1 if this system differs"
+                        " from what is demanded")
+    parser.add_argument("--list", action="store_true",
+                        help="print the scenarios and play none")
+    parser.add_argument("--differences", action="store_true",
+                        help="print the table of differences and play nothing")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--markdown", action="store_true",
+                     help="print a Markdown table")
+    how.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--serve", nargs="+", help=argparse.SUPPRESS)
+    return parser
+
+
+def show_progress(text):
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+
+
+def places_for(options, stack):
+    """Start what is to be started; return {name: ({mode: System}, Net)}."""
+    wanted = options.system
+    if not wanted:
+        wanted = [parse_system("tcpops")]
+        if shutil.which("kamailio"):
+            wanted.append(parse_system("kamailio"))
+        else:
+            print("Kamailio is not installed: tcpops is asked alone",
+                  file=sys.stderr)
+    places = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, mode, address in wanted:
+            if mode is None:
+                show_progress(f"starting {name}")
+                places[name] = start(name, folder, len(places))
+                stack.callback(stop, *places[name])
+            else:
+                systems, net = places.setdefault(name, ({}, None))
+                systems[mode] = System(address)
+                stack.callback(systems[mode].end)
+    return places
+
+
+def main():
+    options = parser().parse_args()
+    if options.serve:
+        mode, port, *hosts = options.serve
+        serve(mode, int(port), *hosts)
+    show = show_markdown if options.markdown else show_text
+    if options.differences:
+        show(differences())
+        return 0
+    scenarios = [one for one in SCENARIOS if not options.only or any(
+        text in one.key for text in options.only)]
+    if not scenarios:
+        parser().error(f"no scenario contains {options.only[0]!r}")
+    if options.list:
+        show([HEAD, *(one[:3] for one in scenarios)])
+        return 0
+    with contextlib.ExitStack() as stack:
+        places = places_for(options, stack)
+        for name in options.must_pass:
+            if name not in places:
+                parser().error(f"--must-pass: {name} is not asked")
+        found = run_all(scenarios, places, show_progress)
+    show_progress("")
+    wrong = check_differences(scenarios, found)
+    if options.json:
+        show_json(scenarios, found, wrong)
+    else:
+        show(rows(scenarios, found, [*places]))
+    for sentence in wrong:
+        print(sentence, file=sys.stderr)
+    return int(bool(wrong) or any(
+        verdict(one, found[one.key][name]) == "differs"
+        for one in scenarios for name in options.must_pass))
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -17,6 +17,7 @@ import errno
 import fnmatch
 import fractions
 import gc
+import importlib.util
 import json
 import logging
 import math
@@ -8082,7 +8083,7 @@ class TestReadme:
 class TestExamples:
     @pytest.mark.parametrize("name", sorted(
         path.name for path in (HERE / "examples").glob("*.py")
-        if path.name != "bench.py"))
+        if path.name not in ("bench.py", "conformance.py")))
     def test_an_example_prints_what_it_says(self, name, tmp_path):
         path = HERE / "examples" / name
         text = path.read_text(encoding="utf-8")
@@ -8214,3 +8215,158 @@ def serving(name):
             yield "127.0.0.1", port
         finally:
             process.kill()
+
+
+CONFORMANCE = [sys.executable, "-W", "error",
+               str(HERE / "examples" / "conformance.py")]
+
+
+def conformance(*words, timeout=170):
+    return subprocess.run([*CONFORMANCE, *words], capture_output=True,
+                          text=True, timeout=timeout)
+
+
+@pytest.fixture(scope="module")
+def suite():
+    """Return examples/conformance.py as a module."""
+    spec = importlib.util.spec_from_file_location("conformance",
+                                                  CONFORMANCE[-1])
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def tested():
+    """Start systems under test; return a function: mode -> its address."""
+    with contextlib.ExitStack() as stack:
+        def serve(mode, *words):
+            port = free_port()
+            process = stack.enter_context(subprocess.Popen(
+                [*CONFORMANCE, "--serve", mode, str(port), "127.0.0.1"]))
+            stack.callback(process.kill)
+            await_listener("127.0.0.1", port)
+            return f"127.0.0.1:{port}"
+        yield serve
+
+
+class TestConformance:
+    """The suite that puts tcpops beside the original, and that it can fail."""
+
+    @needs("kamailio")
+    @real_time
+    def test_beside_kamailio(self, suite):
+        """All of it: tcpops passes, and the differences are those listed."""
+        done = conformance("--json", "--must-pass", "tcpops")
+        assert (done.stderr, done.returncode) == ("", 0)
+        told = json.loads(done.stdout)
+        assert len(told["scenarios"]) == len(suite.SCENARIOS) >= 60
+        for one in told["scenarios"]:
+            assert set(one["answers"]) == {"tcpops", "kamailio"}
+            assert one["answers"]["tcpops"]["verdict"] == "pass", one
+            if not why_no_hosts() and shutil.which("ss"):
+                assert one["answers"]["kamailio"]["verdict"] != "skipped", one
+
+    def test_the_table_and_the_readme(self, suite):
+        """Every entry names a scenario, and the README is made from it."""
+        keys = [one.key for one in suite.SCENARIOS]
+        assert len(keys) == len(set(keys))
+        listed = [key for _, _, *group in suite.GROUPS for key in group]
+        assert len(listed) == len(set(listed)) and set(listed) <= set(keys)
+        done = conformance("--differences", "--markdown")
+        assert (done.stderr, done.returncode) == ("", 0)
+        assert done.stdout in README
+
+    def test_every_clause_has_scenarios(self, suite):
+        clauses = {one.clause for one in suite.SCENARIOS}
+        assert clauses == {"2.1", "3", "3.1", "3.2", "3.3", "3.4", "3.5",
+                           "3.6", "4.1"}
+        demands = {(name, one.demand) for one in suite.SCENARIOS
+                   for name in suite.FUNCTIONS if name in one.what}
+        assert demands >= {
+            *((name, result) for name in suite.FUNCTIONS
+              for result in ("1", "-1")),
+            *(("tcp_conid_state", str(int(state))) for state in State)}
+
+    @pytest.mark.parametrize("theirs, listed, wrong", [
+        ("1", None, []), ("-1", ("-1", "why"), []),
+        ("0", ("-1 or 0", "why"), []),
+        ("-1", None, ["and the table does not say so"]),
+        ("1", ("-1", "why"), ["the table says '-1'"]),
+        ("0", ("-1", "why"), ["the table says '-1'"]),
+        (None, ("-1", "why"), [])])
+    def test_differences(self, suite, monkeypatch, theirs, listed, wrong):
+        """One that is not listed is wrong, and an entry that is not true."""
+        one = suite.SCENARIOS[0]
+        monkeypatch.setattr(suite, "DIFFERENCES", {one.key: listed}
+                            if listed else {})
+        found = {one.key: {"tcpops": suite.Answer("1", ""),
+                           "kamailio": suite.Answer(theirs, "")}}
+        told = suite.check_differences([one], found)
+        assert len(told) == len(wrong)
+        assert all(words in sentence for words, sentence in zip(wrong, told))
+
+    @real_time
+    def test_a_system_at_an_address(self, tested):
+        """Asked in one mode only, the others are skipped."""
+        done = conformance("--system", f"mine={tested('always')}",
+                           "--must-pass", "mine", "--only", "it ends by FIN",
+                           "--only", "3.2 tcp_conid_state, conid", "--json")
+        assert (done.stderr, done.returncode) == ("", 0)
+        verdicts = {one["what"]: one["answers"]["mine"]["verdict"]
+                    for one in json.loads(done.stdout)["scenarios"]}
+        assert verdicts["closed_event 1, it ends by FIN"] == "pass"
+        assert verdicts["closed_event 0, it ends by FIN"] == "skipped"
+        assert verdicts["tcp_conid_state, conid 0"] == "pass"
+
+    @real_time
+    @pytest.mark.parametrize("how", ["", "--markdown"])
+    def test_a_system_that_fails(self, tested, how):
+        """One that never tells of an end; exit status 1."""
+        address = tested("never")
+        words = ["--system", f"mine={address}", "--only",
+                 "closed_event 1, it ends by FIN", *filter(None, [how])]
+        done = conformance(*words, "--must-pass", "mine")
+        assert (done.stderr, done.returncode) == ("", 1)
+        line, = [line for line in done.stdout.splitlines()
+                 if "closed_event 1, it ends by FIN " in line]
+        assert re.split(r" *(?:  |\|) *", line.strip("| ")) == [
+            "4.1", "closed_event 1, it ends by FIN", "tcp:closed", "none",
+            "mine differs"]
+        assert how or conformance(*words).returncode == 0
+
+    @pytest.mark.parametrize("words, said", [
+        (("--only", "nonsense"), "no scenario contains 'nonsense'"),
+        (("--system", "nonsense"), "expected tcpops or kamailio"),
+        (("--system", "mine:loud=127.0.0.1:9"), "expected a mode out of"),
+        (("--system", "mine=127.0.0.1:99999"), "99999"),
+        (("--must-pass", "mine", "--system", "tcpops"), "mine is not asked")])
+    def test_wrong_words(self, words, said):
+        done = conformance(*words)
+        assert done.returncode == 2 and said in done.stderr
+        assert "Traceback" not in done.stderr
+
+    def test_list(self, suite):
+        done = conformance("--list", "--only", "3.6")
+        assert (done.stderr, done.returncode) == ("", 0)
+        assert len(done.stdout.splitlines()) == 1 + sum(
+            "3.6" in one.key for one in suite.SCENARIOS)
+
+    @real_time
+    def test_ctrl_c(self):
+        """At once, with nothing left behind."""
+        with subprocess.Popen(
+                [*CONFORMANCE, "--only", "8 s of silence", "--system",
+                 "tcpops"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                text=True) as process:
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+            end = time.monotonic() + 20
+            while len(children.read_text().split()) < 5:
+                assert time.monotonic() < end
+                pause(0.05)
+            served = [int(number) for number in children.read_text().split()]
+            pause(1)
+            process.send_signal(signal.SIGINT)
+            assert process.communicate(timeout=7) == ("", "")
+            assert process.returncode == 130
+        assert not any(Path(f"/proc/{number}").exists() for number in served)

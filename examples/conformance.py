@@ -33,14 +33,15 @@ TCP and over UDP, as follows.  A request is an OPTIONS with these headers:
 
 The answer is a 200 with the function's result in X-Result; "unknown" says
 that there is no such function, or form of it.  A response, 200, with these
-headers does the same in the onreply_route and has no answer.  closed_event is fixed when a
-system starts, so a system is several of them, see MODES.
+headers does the same in the onreply_route and has no answer.  closed_event is
+fixed when a system starts, so a system is several of them, see MODES.
 
 Exit status: 1 if the system of --must-pass fails a scenario, or if tcpops and
 Kamailio differ otherwise than DIFFERENCES says.
 """
 
 import argparse
+import collections
 import concurrent.futures
 import contextlib
 import ctypes
@@ -48,6 +49,7 @@ import functools
 import itertools
 import json
 import os
+import random
 import re
 import selectors
 import shutil
@@ -87,7 +89,8 @@ def serve(mode, port, *hosts):
         ops.event_route(route)(lambda event: events.append(" ".join(map(str, (
             route, ops.conid, event.proto, event.si, event.sp, event.Ri,
             event.Rp)))))
-    for route in ("tcp:closed", "tcp:reset", "tcp:timeout")[:1 if alone else 3]:
+    for route in ["tcp:closed"] + ([] if alone else ["tcp:reset",
+                                                      "tcp:timeout"]):
         note(route)
 
     def forward(message, headers):
@@ -217,7 +220,8 @@ class Client:
             lines.append("X-Type: string")
         lines += [f"X-{name.title()}: {value}"
                   for name, value in headers.items()]
-        return "\r\n".join([*lines, "Content-Length: 0", "", ""]).encode(), call
+        lines += ["Content-Length: 0", "", ""]
+        return "\r\n".join(lines).encode(), call
 
     def ask(self, ask, *arguments, **how):
         """Ask, return the result, "no answer" or "closed"."""
@@ -374,15 +378,24 @@ def run(*command):
     subprocess.run(command, check=True, capture_output=True)
 
 
+def free_port(host):
+    """Return a port that is free for TCP and UDP, out of those that the kernel
+    gives to nobody who connects.
+    """
+    for port in random.sample(range(10000, 30000), 1000):
+        with contextlib.suppress(OSError), socket.socket() as tcp, \
+                socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
+            tcp.bind((host, port))
+            udp.bind((host, port))
+            return port
+    raise SystemExit(f"no port is free on {host}")
+
+
 class Started(System):
     """One that the suite has started itself."""
 
     def __init__(self, name, mode, folder, hosts):
-        with socket.socket() as tcp, socket.socket(
-                socket.AF_INET, socket.SOCK_DGRAM) as udp:
-            tcp.bind((hosts[0], 0))
-            super().__init__(tcp.getsockname())
-            udp.bind(self.address)  # else: somebody else's, for UDP
+        super().__init__((hosts[0], free_port(hosts[0])))
         self.log = open(Path(folder) / f"{name}-{mode}.log", "w+")
         self.process = subprocess.Popen(
             COMMANDS[name](mode, self.address[1], hosts, folder),
@@ -428,7 +441,7 @@ def kamailio_command(mode, port, hosts, folder):
 
 COMMANDS = {"tcpops": tcpops_command, "kamailio": kamailio_command}
 
-# -- what a scenario works with ------------------------------------------------
+# -- what a scenario works with -----------------------------------------------
 
 
 class Lab:
@@ -583,7 +596,7 @@ def scenario(clause, what, demand, mode="always", slow=False):
     return decorate
 
 
-# -- 3: each function and form, from each place --------------------------------
+# -- 3: each function and form, from each place -------------------------------
 
 #: Each function with arguments that it accepts.
 FUNCTIONS = {
@@ -686,7 +699,7 @@ for name, (clause, arguments) in FUNCTIONS.items():
              own(name, arguments, conid="word", strings=True))):
         add(clause, f"{name}, {what}", demand, play, manual)
 
-# -- 3.1 and 3.2: states --------------------------------------------------------
+# -- 3.1 and 3.2: states ------------------------------------------------------
 
 
 def asked_meanwhile(name, condition):
@@ -764,7 +777,7 @@ def _(lab):
                      conid=asker.ask("tcp_get_conid", address))
 
 
-# -- 3.3 and 3.4: keepalive -------------------------------------------------------
+# -- 3.3 and 3.4: keepalive ---------------------------------------------------
 
 
 def enabled(*arguments, strings=False):
@@ -906,6 +919,8 @@ def vanished(lab, client, then, make_vanish=vanish):
 @scenario("3.3", "keepalive 2, 3, 1: a host vanishes with its cable",
           "tcp:timeout on time", slow=True)
 def _(lab):
+    if lab.net is None:
+        raise Skip("the system is not on this machine")
     client = Client(lab.keep(lab.net.connect(lab.system.address[1])))
     client.ask(ENABLE, 2, 3, 1)
     return vanished(lab, client, lambda: None, lambda client:
@@ -952,7 +967,7 @@ def _(lab):
     return lab.client().ask("example 1.6")
 
 
-def closes(limit, start, lab, client, patience=25):
+def closes(limit, start, lab, client, patience=15):
     """Return when a connection ends, and what is told of it."""
     end = client.wait(patience)
     seconds = None if end is None else end - start
@@ -1056,7 +1071,7 @@ def _(lab):
     return "lives" if client.ask("tcp_keepalive_disable") == "1" else "ended"
 
 
-# -- 3.6, 2.1 and 4.1: events ---------------------------------------------------
+# -- 3.6, 2.1 and 4.1: events -------------------------------------------------
 
 CLOSED_EVENT = "tcp_enable_closed_event"
 for mode, demand in (("never", -1), ("always", -1)):
@@ -1092,7 +1107,7 @@ def by_reset_behind_fin(lab, client):
 
 def by_lifetime(lab, client):
     client.ask(LIFETIME, 1)
-    client.wait(25)
+    client.wait(15)
 
 
 def by_keepalive(lab, client):
@@ -1213,6 +1228,31 @@ def _(lab):
     return f"{'answered' if answer.isdigit() else answer}, {lab.told(client)}"
 
 
+@scenario("4.1", "an RST that is met while sending", "tcp:reset", "busy")
+def _(lab):
+    asker, client = lab.client(), lab.client()
+    with lab.system.busy:
+        client.talk()
+        asker.sock.sendall(asker.request(
+            "forward", "%s:%d" % client.name, delay=300000)[0])
+        time.sleep(0.1)
+        reset(client)
+        return lab.told(client)
+
+
+@scenario("4.1", "FIN, then an RST that is met while sending", "tcp:closed",
+          "busy")
+def _(lab):
+    asker, client = lab.client(), lab.client()
+    with lab.system.busy:
+        client.talk()
+        data = asker.request("forward", "%s:%d" % client.name)[0]
+        asker.sock.sendall(asker.request("conid", delay=300000)[0] + 2 * data)
+        time.sleep(0.1)
+        client.sock.close()
+        return lab.told(client)
+
+
 @scenario("4.1", "an accepted connection that never said a word",
           "tcp:closed")
 def _(lab):
@@ -1251,7 +1291,7 @@ def _(lab):
     return lab.told(peer, 12)
 
 
-# -- conids ----------------------------------------------------------------------
+# -- conids -------------------------------------------------------------------
 
 
 @scenario("3", "the conids of 300 connections, one after the other",
@@ -1329,7 +1369,7 @@ def _(lab):
     except socket.timeout:
         return "not there"
 
-# -- where Kamailio answers otherwise ---------------------------------------------
+# -- where Kamailio answers otherwise -----------------------------------------
 
 
 def each(functions, *whats):
@@ -1355,7 +1395,8 @@ GROUPS = [
      " string",
      *each(FUNCTIONS, "conid and arguments as strings"),
      f"3.3 {ENABLE}, the strings '60', '5', '7'",
-     f"3.5 {LIFETIME}, the string '3605'", f"3.5 {LIFETIME}, the string '1.5'"),
+     f"3.5 {LIFETIME}, the string '3605'",
+     f"3.5 {LIFETIME}, the string '1.5'"),
     ("no answer", '3.5, 3.6: "Retuns 1 on success, -1 on failure"; Kamailio'
      " returns 0, which ends the script",
      *each(BY_POINTER, "a connection that has ended", "conid 0", "conid -5",
@@ -1392,8 +1433,8 @@ GROUPS = [
     ("1", "3.5: out of range; Kamailio makes another number of it",
      f"3.5 {LIFETIME}, 1099511627776 s"),
     ("late, none or never, none", '3.5: "the new connection lifetime", in'
-     ' seconds; 4.1: "or timeout"; Kamailio looks at a lifetime seldom, and'
-     " tells nobody of its end",
+     ' seconds; 4.1: "or timeout"; Kamailio looks at a lifetime seldom (seen:'
+     " 1 to 9 s late), and tells nobody of its end",
      *(f"3.5 an idle connection's lifetime of {what}" for what in (
          "1 s", "2 s", "4 s", "0 s", "2 s, set from another connection",
          "2 s, set from outside of TCP", "2 s, set after 8 s of silence",
@@ -1411,9 +1452,9 @@ GROUPS = [
      "4.1 closed_event 1, it ends by its lifetime",
      "4.1 closed_event 1, no route but tcp:closed, it ends by its lifetime",
      "2.1 closed_event 2, enabled, it ends by its lifetime"),
-    ("none", '4.1: "closed by the remote party, or reset, or timeout"; Kamailio'
-     " 5.6 calls tcp:reset and tcp:timeout alone for the latter two, also where"
-     " there is no such route",
+    ("none", '4.1: "closed by the remote party, or reset, or timeout";'
+     " Kamailio 5.6 calls tcp:reset and tcp:timeout alone for the latter two,"
+     " also where there is no such route",
      "4.1 closed_event 1, no route but tcp:closed, it ends by RST",
      "4.1 closed_event 1, no route but tcp:closed, it ends by keepalive"),
     ("tcp:closed or none", '4.1: the same, and "reset"; Kamailio takes an RST'
@@ -1439,7 +1480,7 @@ GROUPS = [
 DIFFERENCES = {key: (answer, why) for answer, why, *keys in GROUPS
                for key in keys}
 
-# -- the run -----------------------------------------------------------------------
+# -- the run ------------------------------------------------------------------
 
 class Answer(NamedTuple):
     """What a system answered in a scenario; None: skipped, the note says why.
@@ -1502,16 +1543,15 @@ def run_all(scenarios, places, progress):
         number = numbers[one.key] * len(places) + [*places].index(name)
         found[one.key][name] = play(one, number, systems, net)
         progress(f"{next(done)} of {all_of_them}")
-    for slow, workers in ((True, 128), (False, 8)):
-        with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-            jobs = [pool.submit(job, one, name) for one in scenarios
-                    for name in places if one.slow is slow]
-            try:
-                for one in concurrent.futures.as_completed(jobs):
-                    one.result()
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+    for slow, workers in ((True, 128), (False, 32)):
+        pool = concurrent.futures.ThreadPoolExecutor(workers)
+        try:
+            for one in concurrent.futures.as_completed([
+                    pool.submit(job, one, name) for one in scenarios
+                    for name in places if one.slow is slow]):
+                one.result()
+        finally:  # at Ctrl-C nobody waits for those that wait
+            pool.shutdown(wait=False, cancel_futures=True)
     return found
 
 
@@ -1542,7 +1582,7 @@ def check_differences(scenarios, found):
     return wrong
 
 
-# -- what is printed ------------------------------------------------------------
+# -- what is printed ----------------------------------------------------------
 
 HEAD = "clause", "what is done", "demanded"
 
@@ -1571,7 +1611,8 @@ def show_text(lines):
 
 
 def show_markdown(lines):
-    lines = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+    lines = [[cell.replace("|", "\\|").replace("<", "&lt;") for cell in line]
+             for line in lines]
     for line in [lines[0], ["---"] * len(lines[0]), *lines[1:]]:
         print("| " + " | ".join(line) + " |")
 
@@ -1597,7 +1638,7 @@ def show_json(scenarios, found, wrong):
         for one in scenarios], "wrong": wrong}, indent=1))
 
 
-# -- the command line -------------------------------------------------------------
+# -- the command line ---------------------------------------------------------
 
 
 def parse_system(text):
@@ -1665,17 +1706,20 @@ def places_for(options, stack):
         else:
             print("Kamailio is not installed: tcpops is asked alone",
                   file=sys.stderr)
+    unknown = set(options.must_pass) - {name for name, _, _ in wanted}
+    if unknown:
+        parser().error(f"--must-pass: {unknown.pop()} is not asked")
     places = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for name, mode, address in wanted:
-            if mode is None:
-                show_progress(f"starting {name}")
-                places[name] = start(name, folder, len(places))
-                stack.callback(stop, *places[name])
-            else:
-                systems, net = places.setdefault(name, ({}, None))
-                systems[mode] = System(address)
-                stack.callback(systems[mode].end)
+    folder = stack.enter_context(tempfile.TemporaryDirectory())
+    for name, mode, address in wanted:
+        if mode is None:
+            show_progress(f"starting {name}")
+            places[name] = start(name, folder, len(places))
+            stack.callback(stop, *places[name])
+        else:
+            systems, _ = places.setdefault(name, ({}, None))
+            systems[mode] = System(address)
+            stack.callback(systems[mode].end)
     return places
 
 
@@ -1697,9 +1741,6 @@ def main():
         return 0
     with contextlib.ExitStack() as stack:
         places = places_for(options, stack)
-        for name in options.must_pass:
-            if name not in places:
-                parser().error(f"--must-pass: {name} is not asked")
         found = run_all(scenarios, places, show_progress)
     show_progress("")
     wrong = check_differences(scenarios, found)
@@ -1707,6 +1748,12 @@ def main():
         show_json(scenarios, found, wrong)
     else:
         show(rows(scenarios, found, [*places]))
+    if show is show_text and not options.json:
+        for name in places:
+            count = collections.Counter(
+                verdict(one, found[one.key][name]) for one in scenarios)
+            print(f"{name}: " + ", ".join(
+                f"{number} {word}" for word, number in count.items()))
     for sentence in wrong:
         print(sentence, file=sys.stderr)
     return int(bool(wrong) or any(
@@ -1718,4 +1765,4 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except KeyboardInterrupt:
-        sys.exit(130)
+        os._exit(130)  # threads that wait for a system would hold us up

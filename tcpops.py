@@ -2433,6 +2433,7 @@ class Loop(Routes):
         try:
             cause = Cause("shutdown", None, "drained")
             for conn in self._table:
+                self._state(conn)  # what the peer did before is the reason
                 if conn.phase is not Phase.DOOMED:
                     self._finish(conn, cause)
             while self._live and time.monotonic() < deadline:
@@ -2454,6 +2455,7 @@ class Loop(Routes):
             return
         self._closing = True
         for conn in self._table:
+            self._state(conn)  # what the peer did before is the reason
             self._end(conn, Cause("shutdown", None, "the loop was closed"))
         if not self._turning:
             self._release()
@@ -2521,6 +2523,9 @@ class Loop(Routes):
         """Wait, then handle what there is; return how many things that was."""
         # Wait.  Selectors round the time up: never early, never spinning.
         ready = self._select(wait)
+        # Deadlines that come up while handlers run are for the next turn:
+        # what peers have sent in the meantime is read before.
+        now = self._clock()
         handled = len(ready)
         # Input and output.
         for key, mask in ready:
@@ -2540,7 +2545,6 @@ class Loop(Routes):
                 self._run_call(*call)
                 handled += 1
         # Deadlines.
-        now = self._clock()
         if self._deadlines.next() <= now:
             handled += self._expire(now)
         # Dead sockets, and events.
@@ -3358,8 +3362,9 @@ class Loop(Routes):
 
         Where reading was paused, a FIN or an RST may have come before.
         """
-        if conn.phase in (Phase.OPENING, Phase.OPEN):
-            self._probe(conn)
+        if (conn.phase in (Phase.OPENING, Phase.OPEN)
+                and self._probe(conn) is _EOF and reason != "send"):
+            self._doom(conn, conn.cause)  # what came before it is delivered
         if conn.phase is not Phase.DOOMED:
             self._end(conn, Cause(reason, number, detail))
 
@@ -3602,9 +3607,13 @@ class TcpOps(Loop):
         """Close a connection, or a listener.
 
         What is queued is sent first, within send_timeout.  From the moment
-        that this returns, the conid's state is NOT_FOUND.
+        that this returns, the conid's state is NOT_FOUND.  The reason is what
+        the peer did, if it was first: after its FIN it is still "eof", and
+        after an RST there is nothing to close any more.
         """
         conn = self._known(conid)
+        if conn is not None:
+            self._state(conn)
         if conn is None or conn.phase is not Phase.LISTENING:
             conn = self._usable(conid)
         conn.forgotten = True

@@ -2748,7 +2748,7 @@ class TestFramings:
                 got += len(sock.recv(1 << 20))
         got += sum(map(len, iter(lambda: sock.recv(1 << 20), b"")))
         assert got == (5 << 20) + 1
-        assert world.end(conid).reason == "closed"
+        assert world.end(conid).reason == "eof"  # the FIN was first
 
     def test_a_socket_that_dies_in_the_handshake(self, make_world):
         """tcp:opened comes before the message, also on a dead socket."""
@@ -4245,10 +4245,11 @@ class TestDescriptors:
         if how == "close":
             world.ops.close()
         else:
-            assert world.ops.tcp_close_connection(conid) == 1
+            assert world.ops.tcp_close_connection(conid) == -1
             world.until(lambda: world.ends(conid))
         (event,) = world.ends(conid)
-        assert event.name == CLOSED and right.fileno() == -1
+        assert event[1:4] == (CLOSED, "error", errno.EBADF)
+        assert right.fileno() == -1
         left.close()
 
     def test_a_number_reused_within_one_batch(self, make_world):
@@ -4628,7 +4629,7 @@ class TestLoop:
 
     def test_a_handler_that_closes_the_loop_with_the_last_line(self,
                                                                make_world):
-        """What it says is the end, though the peer's FIN has been read."""
+        """It ends, and the peer's FIN was first."""
         world = make_world(framing="line")
         sock, conid = world.client()
         world.on_message = lambda msg: world.ops.close()
@@ -4640,8 +4641,8 @@ class TestLoop:
         world.ops.step(5)
         with contextlib.suppress(RuntimeError):  # closed by now
             world.until(world.ends)
-        assert [event.reason for event in world.ends()] == ["shutdown"]
-        assert states == [State.NOT_FOUND]
+        assert [event.reason for event in world.ends()] == ["eof"]
+        assert states == [State.EOF]
 
     def test_close_while_a_dead_socket_waits(self, world):
         sock, conid = world.client()
@@ -5270,6 +5271,80 @@ class TestDeaths:
         sock, conid = world.client()
         event = die(world, sock, conid, way, condition, probed, DEATHS[way])
         assert event.bytes_in == sum(len(m.data) for m in world.messages)
+
+    @pytest.mark.parametrize("framing", ["raw", "line"])
+    @pytest.mark.parametrize("behind, reason", [
+        ("", None), ("fin", "eof"), ("rst", "reset")])
+    def test_a_busy_handler_while_a_deadline_comes_up(
+            self, make_world, clock, framing, behind, reason):
+        """What has been sent in time counts, and is delivered."""
+        world = make_world(framing=framing, clock=clock)
+        (busy, _), (sock, conid) = world.client(), world.client()
+        half, rest = (b"in time\n", b"") if framing == "raw" else (
+            b"in ", b"time\n")
+        if rest:
+            sock.send(half)
+        world.settle()
+        assert world.ops.tcp_set_connection_lifetime(conid, 15) == 1
+
+        def on_message(msg):
+            if msg.data != b"busy\n"[:5 if framing == "raw" else 4]:
+                return
+            clock.advance(10)
+            sock.send(rest or half)
+            if behind == "fin":
+                sock.shutdown(socket.SHUT_WR)
+            elif behind:
+                rst(sock)
+            clock.advance(15)  # its lifetime is over, and its message_timeout
+        world.on_message = on_message
+        busy.send(b"busy\n")
+        world.until(lambda: len(world.messages) == 2)
+        assert world.messages[1].conid == conid
+        assert world.messages[1].data.rstrip() == b"in time"
+        if reason:
+            assert world.end(conid).reason == reason
+        world.settle()
+        assert len(world.ends()) == (1 if reason else 0)
+
+    def test_a_message_and_fin_when_the_lifetime_has_come_up(
+            self, make_world, clock):
+        """Sent within the turn in which it ends: delivered all the same."""
+        world = make_world(clock=clock)
+        (busy, _), (sock, conid) = world.client(), world.client()
+        assert world.ops.tcp_set_connection_lifetime(conid, 1) == 1
+
+        def on_message(msg):
+            if msg.data == b"busy":
+                sock.send(b"late")
+                sock.shutdown(socket.SHUT_WR)
+        world.on_message = on_message
+        busy.send(b"busy")
+        select.select([busy], [], [], 0)
+        clock.advance(1)
+        world.until(world.ends)
+        assert world.end(conid).reason == "eof"
+        assert world.messages[-1].data == b"late"
+
+    @pytest.mark.parametrize("probed", [False, True], ids=["", "probed"])
+    @pytest.mark.parametrize("how", ["tcp_close_connection", "close", "drain"])
+    @pytest.mark.parametrize("way, reason", [("rst", "reset"), ("fin", "eof")])
+    def test_the_peer_was_first(self, world, how, way, reason, probed):
+        """Its FIN or RST is the reason, also where nobody had seen it."""
+        sock, conid = world.client()
+        if way == "rst":
+            rst(sock)
+        else:
+            sock.close()
+        if probed:
+            assert not world.ops.tcp_conid_state(conid)
+        if how == "tcp_close_connection":
+            assert world.ops.tcp_close_connection(conid) == (
+                -1 if way == "rst" else 1)
+            world.until(world.ends)
+        else:
+            getattr(world.ops, how)(*[1] * (how == "drain"))
+        assert [event.reason for event in world.ends()] == [reason]
 
     def test_4_1_slow_reader_after_half_close(self, world):
         """Several megabytes, read in small bites."""

@@ -3,41 +3,63 @@
     python examples/conformance.py                  tcpops beside Kamailio
     python examples/conformance.py --only 3.5       one section of it
     python examples/conformance.py --markdown       the table for a document
-    python examples/conformance.py --system mine=192.0.2.1:5060 \
-        --must-pass mine                            another system
+    python examples/conformance.py --must-pass mine \
+        --system mine=192.0.2.1:5060 --system mine:never=192.0.2.1:5061 \
+        --system mine:manual=192.0.2.1:5062         another system
 
 Each scenario speaks to the systems over the wire only.  tcpops is the small
-program below (serve), Kamailio is the real one with conformance.cfg, if it is
-installed (Debian: apt-get install --no-install-recommends kamailio).  The run
-takes a minute or so, since the original takes its time over a lifetime.
+program below (Subject), Kamailio is the real one with conformance.cfg, if it
+is installed (Debian: apt-get install --no-install-recommends kamailio
+iproute2).  A run takes half a minute: the original takes its time over a
+lifetime.  As root it makes, and removes again, a network namespace with a
+pair of interfaces (in 10.0.0.0/8) for each system that it starts, for the host
+that vanishes with its cable; others skip that, and what else needs root.
 
-Any other system can be asked if it answers SIP requests at one address, over
-TCP and over UDP, as follows.  A request is an OPTIONS with these headers:
+Any other system can be asked if it answers SIP requests at one IPv4 address,
+over TCP and over UDP, as follows.  A request is an OPTIONS with headers:
 
     X-Ask      what to do: one of the specification's functions by its name,
-               tcp_close_connection, tcp_get_conid, or one of:
-               conid (answer the $conid of this very message), event (answer
-               the event number X-1, counted from 1, as its name and then
-               $conid $proto $si $sp $Ri $Rp, "<null>" if it has not come
-               yet), forward (send this request to the address X-1 over TCP,
-               on the connection X-Otcpid if that is there), broken (make a
-               connection whose socket is in an unknown bad state, answer
-               what tcp_conid_state says of it), example 1.4 and example 1.6
-               (call what that example calls, word for word), and
-               answer, then tcp_close_connection (in that order)
-    X-Conid    the conid to pass; without it, the form that has none
-    X-1 to X-3 the other arguments
-    X-Type     "string" if the arguments are passed as the strings they are;
-               else they are made numbers first
-    X-Delay    microseconds to sleep first, as a busy script would
+               tcp_close_connection, or one of:
+      conid          answer the $conid of this very message
+      tcp_get_conid  answer the conid of a connection with the address X-1,
+                     -1 if there is none; one that does not stand yet counts.
+                     Much is asked by its help
+      forward        send this request to the address X-1 over TCP, on a
+                     connection with it if there is one, and answer 1; with
+                     X-Otcpid on that conid (tcp_set_otcpid and its flag)
+      event          answer what the X-1st call of an event route, counted
+                     from 1, was told: the route's name (tcp:closed,
+                     tcp:reset, tcp:timeout), $conid $proto $si $sp $Ri $Rp,
+                     with blanks between; 0 if it has not come yet
+      listener       answer the conid of the socket that accepts
+      broken         bring a connection's socket into an unknown bad state,
+                     answer what tcp_conid_state says
+      example 1.4    answer tcp_keepalive_enable("60", "5", "5")
+      example 1.6    answer tcp_set_connection_lifetime("3605")
+      answer, then tcp_close_connection
+                     answer 1, then call that without conid
+    X-Conid    the conid to pass; without it, call the form that has none
+    X-1 to X-3 the other arguments, in the function's order
+    X-Type     "string" if X-Conid and the arguments of a function of the
+               specification are passed as the strings they are; else they are
+               made numbers first: the digits at the start, 0 without any
+    X-Delay    microseconds for which the script sleeps first, and whoever
+               else depends on it with it
 
-The answer is a 200 with the function's result in X-Result; "unknown" says
-that there is no such function, or form of it.  A response, 200, with these
-headers does the same in the onreply_route and has no answer.  closed_event is
-fixed when a system starts, so a system is several of them, see MODES.
+The answer is a 200 with the request's Via, From, To, Call-ID and CSeq, and the
+result in X-Result; "unknown" says that there is no such function, or form of
+it.  A response, 200, with these X- headers does the same in the onreply_route
+and has no answer.  Timeouts for connect, send and an incomplete message are
+3 s; what is no SIP ends its connection.
 
-Exit status: 1 if the system of --must-pass fails a scenario, or if tcpops and
-Kamailio differ otherwise than DIFFERENCES says.
+closed_event is fixed when a system starts, so a system is several of them, one
+for each of MODES: NAME:MODE=HOST:PORT; scenarios of a mode that has no address
+are skipped.  alone has no event_route but tcp:closed and a default lifetime of
+4 s, all others one of 120 s.  busy is as always; one address may serve both,
+if it is nobody's misfortune that its script sleeps for a while.
+
+Exit status: 1 if the system of --must-pass differs from what is demanded, or
+if tcpops and Kamailio differ otherwise than GROUPS says.
 """
 
 import argparse
@@ -53,6 +75,7 @@ import random
 import re
 import selectors
 import shutil
+import signal
 import socket
 import struct
 import subprocess
@@ -72,110 +95,133 @@ HERE = Path(__file__).resolve().parent
 MODES = {"always": (1, 120, False), "never": (0, 120, False),
          "manual": (2, 120, False), "alone": (1, 4, True),
          "busy": (1, 120, False)}
-SIP = re.compile(r"^([\w-]+): *(.*?)\r?$", re.MULTILINE)
 COUNTER = itertools.count(1)
+
+
+def fields(head):
+    """Return the headers of a SIP message, {name in lower case: value}."""
+    found = re.findall(r"^([\w-]+)[ \t]*:[ \t]*(.*?)[ \t]*\r?$", head, re.M)
+    return {name.lower(): value for name, value in reversed(found)}
 
 # -- the system under test that is made with tcpops ---------------------------
 
 
-def serve(mode, port, *hosts):
-    """Answer as the text above says."""
-    closed_event, lifetime, alone = MODES[mode]
-    ops = tcpops.TcpOps(closed_event=closed_event, connect_timeout=3,
-                        connection_lifetime=lifetime)
-    events = []
+class Subject:
+    """Answers as the text above says."""
 
-    def note(route):
-        ops.event_route(route)(lambda event: events.append(" ".join(map(str, (
-            route, ops.conid, event.proto, event.si, event.sp, event.Ri,
-            event.Rp)))))
-    for route in ["tcp:closed"] + ([] if alone else ["tcp:reset",
-                                                      "tcp:timeout"]):
-        note(route)
+    #: How many arguments a function has beside the conid.
+    ARGUMENTS = {"tcp_keepalive_enable": 3, "tcp_set_connection_lifetime": 1,
+                 "tcp_get_conid": 1, "tcp_conid_alive": 0,
+                 "tcp_conid_state": 0, "tcp_keepalive_disable": 0,
+                 "tcp_enable_closed_event": 0, "tcp_close_connection": 0}
 
-    def forward(message, headers):
-        if "X-Otcpid" in headers:
-            ops.tcp_set_otcpid(headers["X-Otcpid"])
-            ops.tcp_set_otcpid_flag(1)
-        return ops.forward(headers["X-1"], message)
+    def __init__(self, mode, port, *hosts):
+        closed_event, lifetime, alone = MODES[mode]
+        self.address = hosts[0], port
+        self.ops = tcpops.TcpOps(
+            closed_event=closed_event, connection_lifetime=lifetime,
+            connect_timeout=3, send_timeout=3, message_timeout=3)
+        self.events = []
+        self.ops.request_route(self.on_request)
+        self.ops.onreply_route(self.on_reply)
+        for route in ["tcp:closed"] + ([] if alone else ["tcp:reset",
+                                                          "tcp:timeout"]):
+            self.ops.event_route(route)(functools.partial(self.note, route))
+        self.listeners = [self.ops.listen(host, port, framing="sip")
+                          for host in hosts]
 
-    def event(number):
-        return events[number - 1] if number <= len(events) else "<null>"
+    def note(self, route, event):
+        self.events.append(" ".join(map(str, (
+            route, self.ops.conid, event.proto, event.si, event.sp, event.Ri,
+            event.Rp))))
 
-    def broken():
-        with socket.create_server((hosts[0], 0)) as server, \
-                socket.create_connection(server.getsockname()) as sock:
-            conid = ops.attach(sock)
-        return ops.tcp_conid_state(conid)
+    def on_request(self, msg):
+        msg.reply(self.answer(msg.data))
+        if msg.header("X-Ask") == "answer, then tcp_close_connection":
+            self.ops.tcp_close_connection()
 
-    def number(text):
-        try:
-            return int(text)
-        except ValueError:
-            return text
+    def on_reply(self, msg):
+        self.answer(msg.data)
 
-    def call(message, headers):
-        name = headers.get("X-Ask", "")
-        values = [headers[key] for key in ("X-Conid", "X-1", "X-2", "X-3")
-                  if key in headers]
-        if headers.get("X-Type") != "string":
-            values = [number(value) for value in values]
-        other = {"conid": lambda: ops.conid or 0, "broken": broken,
-                 "event": lambda: event(*values),
-                 "forward": lambda: forward(message, headers),
-                 "answer, then tcp_close_connection": lambda: 1,
-                 "example 1.4": lambda: ops.tcp_keepalive_enable(
-                     "60", "5", "5"),
-                 "example 1.6": lambda: ops.tcp_set_connection_lifetime(
-                     "3605")}
-        if name in other:
-            return other[name]()
-        try:
-            return getattr(ops, name)(*values) if name[:4] == "tcp_" else (
-                "unknown")
-        except (AttributeError, TypeError):  # no such function, or form
-            return "unknown"
-
-    def answer(message):
-        headers = dict(SIP.findall(message))
-        time.sleep(int(headers.get("X-Delay", 0)) / 1e6)
-        result = call(message, headers)
+    def answer(self, message):
+        """Do what a message asks; return the answer."""
+        headers = fields(message.decode("utf-8", "replace").partition(
+            "\r\n\r\n")[0])
+        time.sleep(int(headers.get("x-delay", 0)) / 1e6)
         lines = ["SIP/2.0 200 OK", *(
-            f"{name}: {headers[name]}"
-            for name in ("Via", "From", "To", "Call-ID", "CSeq")),
-            f"X-Result: {result if isinstance(result, str) else int(result)}",
+            f"{name}: {headers.get(name, '')}"
+            for name in ("via", "from", "to", "call-id", "cseq")),
+            f"X-Result: {self.result(headers, message)}",
             "Content-Length: 0", "", ""]
         return "\r\n".join(lines).encode()
 
-    @ops.request_route
-    def on_request(msg):
-        message = msg.data.decode()
-        if msg.header("X-Ask") == "answer, then tcp_close_connection":
-            msg.reply(answer(message))
-            ops.tcp_close_connection()
-        else:
-            msg.reply(answer(message))
+    def result(self, headers, message):
+        """Return what X-Result says."""
+        ask = headers.get("x-ask")
+        if ask in self.ARGUMENTS:
+            return int(self.call(ask, headers))
+        if ask == "conid":
+            return self.ops.conid or 0
+        if ask == "listener":
+            return self.listeners[0]
+        if ask == "event":
+            number = self.number(headers.get("x-1"))
+            return (self.events[number - 1]
+                    if 0 < number <= len(self.events) else 0)
+        if ask == "forward":
+            return int(self.forward(headers, message))
+        if ask == "broken":
+            return int(self.broken())
+        if ask == "example 1.4":
+            return int(self.ops.tcp_keepalive_enable("60", "5", "5"))
+        if ask == "example 1.6":
+            return int(self.ops.tcp_set_connection_lifetime("3605"))
+        return 1 if ask == "answer, then tcp_close_connection" else "unknown"
 
-    @ops.onreply_route
-    def on_reply(msg):
-        message = msg.data.decode()
-        call(message, dict(SIP.findall(message)))
-    for host in hosts:
-        ops.listen(host, port, framing="sip")
-    # Outside of any TCP message: another loop, with a UDP socket, drives ours.
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp, \
-            selectors.DefaultSelector() as selector:
-        udp.bind((hosts[0], port))
-        udp.setblocking(False)
-        selector.register(udp, selectors.EVENT_READ)
-        selector.register(ops.fileno(), selectors.EVENT_READ)
-        while True:
-            due = ops.next_deadline()
-            selector.select(due and max(0, due - time.monotonic()))
-            ops.step(0)
-            with contextlib.suppress(BlockingIOError):
-                data, peer = udp.recvfrom(65536)
-                udp.sendto(answer(data.decode()), peer)
+    @staticmethod
+    def number(text):
+        digits = re.match("-?[0-9]+", text or "")
+        return int(digits[0]) if digits else 0
+
+    def call(self, name, headers):
+        """Call one of the specification's functions."""
+        keys = (["x-conid"] if "x-conid" in headers else []) + [
+            f"x-{n}" for n in range(1, self.ARGUMENTS[name] + 1)]
+        values = [headers.get(key, "") for key in keys]
+        if headers.get("x-type") != "string" and name != "tcp_get_conid":
+            values = [self.number(value) for value in values]
+        return getattr(self.ops, name)(*values)
+
+    def forward(self, headers, message):
+        if "x-otcpid" in headers:
+            self.ops.tcp_set_otcpid(headers["x-otcpid"])
+            self.ops.tcp_set_otcpid_flag(1)
+        return self.ops.forward(headers.get("x-1", ""), message)
+
+    def broken(self):
+        """Close a socket behind the loop's back."""
+        with socket.create_server((self.address[0], 0)) as server, \
+                socket.create_connection(server.getsockname()) as sock:
+            conid = self.ops.attach(sock)
+        return self.ops.tcp_conid_state(conid)
+
+    def run(self):
+        """Have another loop, which has a UDP socket, drive ours: what comes
+        by that comes from outside of any TCP message.
+        """
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp, \
+                selectors.DefaultSelector() as selector:
+            udp.bind(self.address)
+            udp.setblocking(False)
+            selector.register(udp, selectors.EVENT_READ)
+            selector.register(self.ops.fileno(), selectors.EVENT_READ)
+            while True:
+                due = self.ops.next_deadline()
+                selector.select(due and max(0, due - time.monotonic()))
+                self.ops.step(0)
+                with contextlib.suppress(BlockingIOError):
+                    data, peer = udp.recvfrom(65536)
+                    udp.sendto(self.answer(data), peer)
 
 # -- systems ------------------------------------------------------------------
 
@@ -256,12 +302,12 @@ class Client:
         while True:
             while "\r\n\r\n" in self.text:
                 head, _, self.text = self.text.partition("\r\n\r\n")
-                headers = dict(SIP.findall(head + "\r\n"))
-                if not head.startswith("SIP/2.0 200"):
+                headers = fields(head)
+                if not head.lstrip().startswith("SIP/2.0 200"):
                     continue
-                if headers["Call-ID"] == call:
-                    return headers["X-Result"]
-                if headers["Call-ID"] == instead:
+                if headers.get("call-id") == call:
+                    return headers.get("x-result", "")
+                if headers.get("call-id") == instead:
                     return None
             self.sock.settimeout(max(0.001, end - time.monotonic()))
             try:
@@ -307,6 +353,17 @@ class System:
         self.busy = threading.Lock()  # held while its script is kept busy
         self.udp = None
 
+    def check(self, name):
+        """Exit if nobody is there who answers."""
+        try:
+            with socket.create_connection(self.address, 5) as sock:
+                answer = Client(sock).ask("conid")
+        except OSError as error:
+            answer = error
+        if not str(answer).isdigit():
+            raise SystemExit("%s at %s:%d does not answer as it must: %s" % (
+                name, *self.address, answer))
+
     def fetch(self):
         """Ask for the events that are new; return all."""
         with self.lock:
@@ -316,12 +373,11 @@ class System:
                 self.udp.sock.connect(self.address)
                 self.udp.name = self.udp.sock.getsockname()
             while time.monotonic() > self.asked + 0.02:
-                answer = self.udp.ask("event", len(self.events) + 1)
-                fields = answer.split()
-                if len(fields) != len(Event._fields):
+                words = self.udp.ask("event", len(self.events) + 1).split()
+                if len(words) != len(Event._fields):
                     self.asked = time.monotonic()
                 else:
-                    self.events.append(Event(*fields))
+                    self.events.append(Event(*words))
             return [*self.events]
 
     def end(self):
@@ -342,7 +398,8 @@ class Net:
             self.make()
         except (OSError, subprocess.CalledProcessError) as error:
             self.end()
-            self.reason = f"no network namespace can be made: {error}"
+            self.reason = ("no network namespace can be made (is this root,"
+                           f" with iproute2?): {error}")
 
     def make(self):
         run("ip", "netns", "add", self.name)
@@ -358,15 +415,14 @@ class Net:
         """Return a socket of that host, connected to ours."""
         if self.reason:
             raise Skip(self.reason)
-        libc = ctypes.CDLL(None, use_errno=True)
         with open("/proc/thread-self/ns/net") as home, open(
                 f"/run/netns/{self.name}") as there:
-            if libc.setns(there.fileno(), 0):
+            if LIBC.setns(there.fileno(), 0):
                 raise Skip("setns: " + os.strerror(ctypes.get_errno()))
             try:
                 return socket.create_connection((self.ours, port), 5)
             finally:
-                libc.setns(home.fileno(), 0)
+                LIBC.setns(home.fileno(), 0)
 
     def unplug(self):
         run("ip", "-n", self.name, "link", "set", "inner", "down")
@@ -380,6 +436,14 @@ class Net:
 
 def run(*command):
     subprocess.run(command, check=True, capture_output=True)
+
+
+LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+def die_with_us():
+    """In a child: have the kernel end it when its parent has ended."""
+    LIBC.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def free_port(host):
@@ -403,7 +467,8 @@ class Started(System):
         self.log = open(Path(folder) / f"{name}-{mode}.log", "w+")
         self.process = subprocess.Popen(
             COMMANDS[name](mode, self.address[1], hosts, folder),
-            stdout=self.log, stderr=subprocess.STDOUT)
+            stdout=self.log, stderr=subprocess.STDOUT, preexec_fn=die_with_us,
+            start_new_session=True)  # Ctrl-C is for us
 
     def wait(self):
         """Wait until it answers."""
@@ -527,7 +592,7 @@ class Lab:
                                             str(client.name[1]))]
 
     def told(self, client, patience=3):
-        """Return the names of the events of a connection, or "none".
+        """Return the names of the events of a connection, or "no event".
 
         After the first, one that should not be has a little time to come.
         """
@@ -535,7 +600,17 @@ class Lab:
         while time.monotonic() < end and not self.ends(client):
             time.sleep(0.02)
         time.sleep(0.2)
-        return ", ".join(event.name for event in self.ends(client)) or "none"
+        return (", ".join(event.name for event in self.ends(client))
+                or "no event")
+
+    def ended(self, client, patience=15):
+        """Say whether the system has forgotten a connection, or does soon."""
+        asker, end = self.client(), time.monotonic() + patience
+        while asker.ask("tcp_conid_state", conid=client.conid) != "-1":
+            if time.monotonic() > end:
+                return "lives"
+            time.sleep(0.1)
+        return "ended"
 
     def timer(self, client):
         """Return what the system's kernel says of a connection's timer, in
@@ -548,7 +623,7 @@ class Lab:
         end = time.monotonic() + 2
         while True:
             shown = subprocess.run(
-                ["ss", "-Htnoi", "src", "%s:%d" % self.system.address, "dst",
+                ["ss", "-Htno", "state", "established", "dst",
                  "%s:%d" % client.name], capture_output=True,
                 text=True).stdout
             # "on": an answer is not acknowledged yet, that comes first.
@@ -556,7 +631,7 @@ class Lab:
                 break
         timer = re.search(r"timer:\(keepalive,([\d.]+)(\w+)", shown)
         if not timer:
-            return "no keepalive"
+            return "no keepalive" if shown else "no connection"
         self.note = f"ss: {timer[1]}{timer[2]}"
         seconds = float(timer[1]) * {"ms": .001, "sec": 1, "min": 60}.get(
             timer[2], float("nan"))
@@ -573,9 +648,12 @@ def reset(client):
 def vanish(client):
     """Have our kernel drop whatever comes for this socket."""
     program = ctypes.create_string_buffer(struct.pack("HBBI", 6, 0, 0, 0))
-    client.sock.setsockopt(socket.SOL_SOCKET, 26, struct.pack(  # attach it
-        "HxxxxxxP" if struct.calcsize("P") == 8 else "HxxP", 1,
-        ctypes.addressof(program)))
+    try:
+        client.sock.setsockopt(socket.SOL_SOCKET, 26, struct.pack(  # attach it
+            "HxxxxxxP" if struct.calcsize("P") == 8 else "HxxP", 1,
+            ctypes.addressof(program)))
+    except PermissionError:
+        raise Skip("only root may have a socket drop what comes in here")
 
 
 class Scenario(NamedTuple):
@@ -711,13 +789,14 @@ for name, (clause, arguments) in FUNCTIONS.items():
 # -- 3.1 and 3.2: states ------------------------------------------------------
 
 
-def asked_meanwhile(name, condition):
+def asked_meanwhile(name, condition, arguments=()):
     """The script is busy while something happens to a connection."""
     def play(lab):
         asker, client = lab.client(), lab.client()
         with lab.system.busy:
             conid = client.conid
-            data, call = asker.request(name, conid=conid, delay=300000)
+            data, call = asker.request(name, *arguments, conid=conid,
+                                       delay=300000)
             asker.sock.sendall(data)
             time.sleep(0.1)
             condition(client)
@@ -758,6 +837,26 @@ def _(lab):
     client.sock.send(data, socket.MSG_MORE)  # in one segment with the FIN
     client.sock.shutdown(socket.SHUT_WR)
     return client.receive(call, 2) or "no answer"
+
+
+for name, (clause, arguments) in FUNCTIONS.items():
+    if clause in ("3.3", "3.4", "3.5", "3.6"):
+        for what, condition in (("FIN", lambda client: client.sock.close()),
+                                ("RST", reset)):
+            add(clause, f"{name}, {what} came while the script was busy", 1,
+                asked_meanwhile(name, condition, arguments), "busy")
+for what, condition, result in (
+        ("FIN", lambda client: client.sock.close(), 1), ("RST", reset, -1)):
+    add("3", f"tcp_close_connection, {what} came while the script was busy",
+        result, asked_meanwhile("tcp_close_connection", condition), "busy")
+
+
+@scenario("3.2", "tcp_conid_state, the socket that accepts connections", 2)
+def _(lab):
+    asker = lab.client()
+    conid = asker.ask("listener")
+    return conid if conid == "unknown" else asker.ask("tcp_conid_state",
+                                                      conid=conid)
 
 
 @scenario("3.2", "tcp_conid_state, a socket in an unknown bad state", -4)
@@ -807,42 +906,45 @@ for arguments, demand in (((60, 5, 7), 1), (("60", "5.0", "7"), -1),
         *map(str, arguments)), demand, enabled(*arguments, strings=True))
 
 
-def timer(*steps, by_conid=False, pause=0.0):
-    """Call functions, return the kernel's timer."""
+def timer(*steps, by_conid=False, pause=0.0, outgoing=False):
+    """Call functions, return the kernel's timer after each."""
     def play(lab):
-        client = lab.client()
+        client = lab.outgoing()[0] if outgoing else lab.client()
         asker = lab.client() if by_conid else client
-        conid = client.conid if by_conid else None
+        conid, found = client.conid if by_conid else None, []
         for name, *arguments in steps:
             asker.ask(name, *arguments, conid=conid)
-        time.sleep(pause)
-        return lab.timer(client)
+            time.sleep(pause)
+            found.append(lab.timer(client))
+        return ", ".join(found)
     return play
 
 
 ENABLE = "tcp_keepalive_enable"
+DISABLE = "tcp_keepalive_disable"
 for what, demand, play in (
         ("60, 5, 5", "about 60 s", timer((ENABLE, 60, 5, 5))),
         ("60, 5, 5 by conid", "about 60 s",
          timer((ENABLE, 60, 5, 5), by_conid=True)),
-        ("50, 5, 5, then 20, 5, 5", "about 20 s",
+        ("60, 5, 5 of an outgoing connection", "about 60 s",
+         timer((ENABLE, 60, 5, 5), outgoing=True)),
+        ("50, 5, 5, then 20, 5, 5", "about 50 s, about 20 s",
          timer((ENABLE, 50, 5, 5), (ENABLE, 20, 5, 5))),
         ("1, 5, 30, after a probe", "about 30 s",
          timer((ENABLE, 1, 5, 30), pause=1.3)),
-        ("-1, 5, 5, which fails", "no keepalive",
-         timer((ENABLE, -1, 5, 5))),
-        ("50, 5, 5, then 20, 128, 5, which fails", "about 50 s",
+        ("60, 5, 5, off, then -1, 5, 5, which fails",
+         "about 60 s, no keepalive, no keepalive",
+         timer((ENABLE, 60, 5, 5), (DISABLE,), (ENABLE, -1, 5, 5))),
+        ("50, 5, 5, then 20, 128, 5, which fails", "about 50 s, about 50 s",
          timer((ENABLE, 50, 5, 5), (ENABLE, 20, 128, 5)))):
-    add("3.3", f"the kernel's timer after tcp_keepalive_enable {what}",
-        demand, play)
+    add("3.3", f"the kernel's timer after {ENABLE} {what}", demand, play)
 for what, play in (
-        ("", timer((ENABLE, 60, 5, 5), ("tcp_keepalive_disable",))),
-        (" by conid", timer((ENABLE, 60, 5, 5), ("tcp_keepalive_disable",),
-                            by_conid=True)),
-        (" twice", timer((ENABLE, 60, 5, 5), ("tcp_keepalive_disable",),
-                         ("tcp_keepalive_disable",)))):
-    add("3.4", f"the kernel's timer after tcp_keepalive_disable{what}",
-        "no keepalive", play)
+        ("", timer((ENABLE, 60, 5, 5), (DISABLE,))),
+        (" by conid", timer((ENABLE, 60, 5, 5), (DISABLE,), by_conid=True)),
+        (" of an outgoing connection",
+         timer((ENABLE, 60, 5, 5), (DISABLE,), outgoing=True))):
+    add("3.4", f"the kernel's timer after {ENABLE} and {DISABLE}{what}",
+        "about 60 s, no keepalive", play)
 
 
 @scenario("3.3", 'example 1.4: tcp_keepalive_enable("60", "5", "5")',
@@ -885,12 +987,13 @@ def _(lab):
 
 
 @scenario("3.4", "tcp_keepalive_disable in onreply_route, without conid",
-          "no keepalive")
+          "about 60 s, no keepalive")
 def _(lab):
     client = lab.client()
     client.ask(ENABLE, 60, 5, 5)
-    in_a_reply(client, "tcp_keepalive_disable")
-    return lab.timer(client)
+    before = lab.timer(client)
+    in_a_reply(client, DISABLE)
+    return f"{before}, {lab.timer(client)}"
 
 
 @scenario("3.3", "keepalive 2, 3, 1: an idle peer vanishes",
@@ -917,7 +1020,7 @@ def vanished(lab, client, then, make_vanish=vanish):
     then()
     names = lab.told(client, 12)
     seconds = time.monotonic() - start - 0.2
-    if names == "none":
+    if names == "no event":
         lab.note = "within 12 s"
         return names
     lab.note = f"{seconds:.1f} s"
@@ -950,7 +1053,7 @@ def lives(prepare, buffer=None):
 
 
 def disable_and_vanish(client, asker):
-    client.ask("tcp_keepalive_disable")
+    client.ask(DISABLE)
     vanish(client)
 
 
@@ -971,7 +1074,8 @@ add("3.4", "keepalive 1, 2, 1 disabled again, then the peer vanishes", "lives",
 # -- 3.5: lifetime ------------------------------------------------------------
 
 LIFETIME = "tcp_set_connection_lifetime"
-for value, demand in ((3605, 1), (1, 1), (-1, -1), (2 ** 40, -1)):
+for value, demand in ((3605, 1), (1, 1), (-1, -1), (2 ** 31, -1),
+                      (2 ** 32 + 60, -1), (2 ** 40, -1)):
     add("3.5", f"{LIFETIME}, {value} s", demand, own(LIFETIME, (value,)))
 for value, demand in (("3605", 1), ("1.5", 1), ("1e3", -1), ("-1", -1),
                       ("word", -1), ("", -1)):
@@ -989,7 +1093,7 @@ def closes(limit, start, lab, client, patience=15):
     end = client.wait(patience)
     seconds = None if end is None else end - start
     lab.note = "still open" if end is None else f"{seconds:.2f} s"
-    return f"{in_time(limit)(seconds)}, {lab.told(client, 1)}"
+    return f"{in_time(limit)(seconds)}, {lab.told(client, 1.5)}"
 
 
 def idle(*lifetimes, by=lambda lab, client: client):
@@ -1079,13 +1183,53 @@ def _(lab):
     return closes(4, time.monotonic(), lab, lab.client())
 
 
-@scenario("3.5", "the default lifetime (of 4 s) raised to 60 s", "lives",
+@scenario("3.5", "the default lifetime (of 4 s) raised to 60 s", "1, lives",
           "alone", slow=True)
 def _(lab):
     client = lab.client()
-    client.ask(LIFETIME, 60)
-    time.sleep(5)
-    return "lives" if client.ask("tcp_keepalive_disable") == "1" else "ended"
+    result = client.ask(LIFETIME, 60)
+    return f"{result}, {lab.ended(client, 5)}"
+
+
+def of_a(make, result):
+    """Set a lifetime of 1 s by conid on some connection."""
+    def play(lab):
+        client, conid, asker = make(lab)
+        if asker.ask(LIFETIME, 1, conid=conid) != result:
+            return "not set"
+        return closes(1, time.monotonic(), lab, client)
+    return play
+
+
+def silent_one(lab):
+    return *lab.silent(), lab.client()
+
+
+def outgoing_one(lab):
+    client, asker = lab.outgoing()
+    return client, client.conid, asker
+
+
+add("3.5", "a lifetime of 1 s of a connection never used",
+    "on time, tcp:timeout", of_a(silent_one, "1"), slow=True)
+add("3.5", "a lifetime of 1 s of an outgoing connection",
+    "on time, tcp:timeout", of_a(outgoing_one, "1"), slow=True)
+
+
+@scenario("3.5", f"{LIFETIME} of 2 s in onreply_route, without conid",
+          "on time, tcp:timeout", slow=True)
+def _(lab):
+    client = lab.client()
+    in_a_reply(client, LIFETIME, 2)
+    return closes(2, time.monotonic(), lab, client)
+
+
+@scenario("3.5", "half a message, and nothing for 3 s", "on time, tcp:timeout",
+          slow=True)
+def _(lab):
+    client = lab.client()
+    client.sock.sendall(client.request("conid")[0][:99])
+    return closes(3, time.monotonic(), lab, client, 6)
 
 
 # -- 3.6, 2.1 and 4.1: events -------------------------------------------------
@@ -1113,6 +1257,11 @@ def by_reset(lab, client):
 def by_reset_behind_data(lab, client):
     """Part of a message, which nobody can answer, and then an RST."""
     client.sock.sendall(client.request("conid")[0][:99])
+    reset(client)
+
+
+def by_reset_behind_messages(lab, client):
+    client.sock.sendall(client.request("conid")[0] * 3)
     reset(client)
 
 
@@ -1151,6 +1300,7 @@ WAYS = {
     "FIN, then RST": (by_reset_behind_fin, "tcp:closed"),
     "RST": (by_reset, "tcp:reset"),
     "RST behind half a message": (by_reset_behind_data, "tcp:reset"),
+    "RST behind three messages": (by_reset_behind_messages, "tcp:reset"),
     "its lifetime": (by_lifetime, "tcp:timeout"),
     "keepalive": (by_keepalive, "tcp:timeout"),
     "tcp_close_connection from another": (by_conid, "tcp:closed"),
@@ -1159,14 +1309,19 @@ WAYS = {
 }
 
 
-def death(way, enable=None):
+def death(way, enable=None, told=True):
+    """Have a connection die; where no event is to be told, that it did."""
     def play(lab):
         client = lab.client()
         client.ask(LIFETIME, 60)
         if enable is not None:
             client.ask(CLOSED_EVENT, conid=enable(client))
+        if told:
+            way(lab, client)
+            return lab.told(client, 2)
+        client.conid  # else it would be asked for when it is needed
         way(lab, client)
-        return lab.told(client, 2)
+        return f"{lab.ended(client)}, {lab.told(client, 1)}"
     return play
 
 
@@ -1176,10 +1331,10 @@ for way, (play, event) in WAYS.items():
         "always", slow)
     add("4.1", f"closed_event 1, no route but tcp:closed, it ends by {way}",
         "tcp:closed", death(play), "alone", slow)
-    add("2.1", f"closed_event 0, it ends by {way}", "none", death(play),
-        "never", slow)
-    add("2.1", f"closed_event 2, not enabled, it ends by {way}", "none",
-        death(play), "manual", slow)
+    add("2.1", f"closed_event 0, it ends by {way}", "ended, no event",
+        death(play, told=False), "never", slow)
+    add("2.1", f"closed_event 2, not enabled, it ends by {way}",
+        "ended, no event", death(play, told=False), "manual", slow)
     add("2.1", f"closed_event 2, enabled, it ends by {way}", event,
         death(play, lambda client: None), "manual", slow)
 
@@ -1199,8 +1354,9 @@ for way in ("FIN", "RST", "tcp_close_connection from another"):
         WAYS[way][1], silent_death(WAYS[way][0]), slow=True)
 add("2.1", "closed_event 2, enabled by conid, it ends by FIN", "tcp:closed",
     death(by_fin, lambda client: client.conid), "manual")
-add("2.1", "closed_event 0, enabled by conid, it ends by FIN", "none",
-    death(by_fin, lambda client: client.conid), "never")
+add("2.1", "closed_event 0, enabled by conid, it ends by FIN",
+    "ended, no event", death(by_fin, lambda client: client.conid, told=False),
+    "never")
 
 
 @scenario("2.1", "closed_event 2, enabled in onreply_route, it ends by FIN",
@@ -1245,6 +1401,18 @@ def _(lab):
     return f"{'answered' if answer.isdigit() else answer}, {lab.told(client)}"
 
 
+@scenario("4.1", "a message sent while the script was busy for longer than"
+          " the lifetime", "answered", "busy")
+def _(lab):
+    asker, client = lab.client(), lab.client()
+    with lab.system.busy:
+        client.ask(LIFETIME, 1)
+        asker.sock.sendall(asker.request("conid", delay=1500000)[0])
+        time.sleep(0.5)
+        return "answered" if client.ask("conid", delay=1500000).isdigit() \
+            else "closed"
+
+
 @scenario("4.1", "an RST that is met while sending", "tcp:reset", "busy")
 def _(lab):
     asker, client = lab.client(), lab.client()
@@ -1276,6 +1444,52 @@ def _(lab):
     client = lab.client()
     client.sock.close()
     return lab.told(client)
+
+
+def closed_by_conid(make):
+    def play(lab):
+        client, conid, asker = make(lab)
+        result = asker.ask("tcp_close_connection", conid=conid)
+        return f"{result}, {lab.told(client, 5)}"
+    return play
+
+
+def connecting_one(lab):
+    peer, asker = lab.deaf()
+    return peer, asker.ask("tcp_get_conid", "%s:%d" % peer.name), asker
+
+
+for what, make in (("a connection never used", silent_one),
+                   ("an outgoing connection", outgoing_one),
+                   ("an outgoing connection that does not stand yet",
+                    connecting_one)):
+    add("4.1", f"tcp_close_connection by conid, {what}", "1, tcp:closed",
+        closed_by_conid(make), slow=True)
+
+
+@scenario("4.1", "$Ri and $Rp in the event route, an outgoing connection",
+          "its addresses")
+def _(lab):
+    client, _ = lab.outgoing()
+    peer = client.sock.getpeername()
+    client.sock.close()
+    lab.told(client)
+    found = ["%s:%s" % event[5:] for event in lab.ends(client)]
+    return "its addresses" if found == ["%s:%d" % peer] else (
+        "the listener's" if found == ["%s:%d" % lab.system.address]
+        else ", ".join(found) or "no event")
+
+
+@scenario("4.1", "a peer that stops reading, for longer than 3 s",
+          "tcp:timeout", slow=True)
+def _(lab):
+    client, asker = lab.client(4096), lab.client()
+    client.talk()
+    address = "%s:%d" % client.name
+    for _ in range(1000):  # until it takes nothing any more
+        if asker.ask("forward", address, padding=30000 * "x") != "1":
+            break
+    return lab.told(client, 8)
 
 
 @scenario("4.1", "an outgoing connection, FIN from the peer", "tcp:closed")
@@ -1339,10 +1553,12 @@ def _(lab):
 
 @scenario("3", "tcp_get_conid, a connection that stands", "its conid")
 def _(lab):
-    client = lab.client()
-    conid = client.conid
-    found = lab.client().ask("tcp_get_conid", "%s:%d" % client.name)
-    return "its conid" if found == conid else found
+    clients = [lab.client(), lab.client()]
+    conids = [client.conid for client in clients]
+    found = [lab.client().ask("tcp_get_conid", "%s:%d" % client.name)
+             for client in clients]
+    return "its conid" if found == conids and len({
+        conid for conid in conids if conid.isdigit()}) == 2 else str(found)
 
 
 @scenario("3", "tcp_get_conid, a peer that is not connected", -1)
@@ -1350,9 +1566,20 @@ def _(lab):
     return lab.client().ask("tcp_get_conid", f"{lab.source}:9")
 
 
-@scenario("3", "tcp_close_connection on itself, then an answer", "closed")
+@scenario("3", "tcp_get_conid, a SIP URI", "its conid")
 def _(lab):
-    return lab.client().ask("tcp_close_connection")
+    client = lab.client()
+    conid = client.conid
+    found = lab.client().ask("tcp_get_conid", "sip:x@%s:%d" % client.name)
+    return "its conid" if found == conid else found
+
+
+@scenario("3", "tcp_close_connection on itself, then an answer",
+          "answered, closed")
+def _(lab):
+    client = lab.client()
+    before = "answered" if client.talk().isdigit() else "not answered"
+    return f"{before}, {client.ask('tcp_close_connection')}"
 
 
 @scenario("3", "an answer, then tcp_close_connection on itself", 1)
@@ -1360,12 +1587,21 @@ def _(lab):
     return lab.client().ask("answer, then tcp_close_connection")
 
 
-@scenario("3", "tcp_close_connection by conid, then the state", -1)
-def _(lab):
-    client, asker = lab.client(), lab.client()
-    conid = client.conid
-    asker.ask("tcp_close_connection", conid=conid)
-    return asker.ask("tcp_conid_state", conid=conid)
+def closed_before(name, arguments):
+    """Ask in the very segment in which a connection is closed by conid."""
+    def play(lab):
+        client, asker = lab.client(), lab.client()
+        data, _ = asker.request("tcp_close_connection", conid=client.conid)
+        then, call = asker.request(name, *arguments, conid=client.conid)
+        asker.sock.sendall(data + then)
+        return asker.answer(call)
+    return play
+
+
+for name, (clause, arguments) in [*FUNCTIONS.items(),
+                                  ("tcp_close_connection", ("3", ()))]:
+    add(clause, f"{name}, tcp_close_connection has just been called", -1,
+        closed_before(name, arguments))
 
 
 @scenario("3", "tcp_close_connection, conid 999999", -1)
@@ -1396,106 +1632,181 @@ def each(functions, *whats):
 
 
 PROBES = ["tcp_conid_alive", "tcp_conid_state"]
-BY_POINTER = [LIFETIME, CLOSED_EVENT]
+OPTIONS = [ENABLE, DISABLE]
+BOOKS = [LIFETIME, CLOSED_EVENT]
+NOT_FOUND = ["a connection that has ended", "conid 0", "conid -5",
+             "conid 999999", "conid 2147483647", "conid 1099511627776"]
+BUSY = ["FIN came while the script was busy",
+        "RST came while the script was busy"]
+ALONE = "4.1 closed_event 1, no route but tcp:closed, it ends by"
 
-#: Where tcpops answers otherwise than Kamailio 5.6.3 does: what that answers
-#: (or what else, where it depends on which of its processes is quicker), the
-#: sentence of the specification or the reason that decides it, the scenarios.
+
+class Group(NamedTuple):
+    """Scenarios in which Kamailio answers otherwise, for the same reason."""
+    title: str
+    kamailio: tuple  #: what it answers: one of these, its processes race
+    why: str         #: the sentence of the specification, or the reason
+    keys: list
+
+
+#: Where tcpops answers otherwise than Kamailio 5.6.3 does.
 GROUPS = [
-    ("unknown", '3.1, 3.2: "conid (optional)"; Kamailio has only the form with'
-     " a conid",
-     *each(PROBES, "in a message, without conid",
-           "outside of TCP, without conid",
-           "in a message of an outgoing connection, without conid")),
-    ("-1", 'the examples pass "60" and "$var(conid)": a number may come as a'
-     " string; Kamailio takes such a literal, but no variable that holds a"
-     " string",
-     *each(FUNCTIONS, "conid and arguments as strings"),
-     f"3.3 {ENABLE}, the strings '60', '5', '7'",
-     f"3.5 {LIFETIME}, the string '3605'",
-     f"3.5 {LIFETIME}, the string '1.5'"),
-    ("no answer", '3.5, 3.6: "Retuns 1 on success, -1 on failure"; Kamailio'
-     " returns 0, which ends the script",
-     *each(BY_POINTER, "a connection that has ended", "conid 0", "conid -5",
-           "conid 999999", "conid 2147483647", "conid 1099511627776")),
-    ("-1 or 1", '3.2: "-2: Socket has reached EOF"; Kamailio answers what it'
-     " knew last, and closes by itself at a FIN",
-     *(f"3.2 tcp_conid_state, {what} while the script was busy" for what in (
-         "FIN came", "FIN came, half-closed", "a message and FIN came"))),
-    ("-1 or 1", '3.2: "-3: Socket error has occured"; Kamailio answers what it'
-     " knew last, and closes by itself at an RST",
-     *(f"3.2 tcp_conid_state, {what} while the script was busy"
-       for what in ("RST came", "a message and RST came"))),
-    ("unknown", '3.2: "-4: Socket is in unknow bad state"; nothing brings'
-     " Kamailio to it from outside",
-     "3.2 tcp_conid_state, a socket in an unknown bad state"),
-    ("1", '3.3: "-1 on failure"; the kernel refuses such a value, which'
-     " Kamailio does not heed",
-     *(f"3.3 {ENABLE}, idle {idle}, count {count}, interval {interval}"
-       for idle, count, interval in (
-           (0, 5, 5), (60, 0, 5), (60, 5, 0), (0, 0, 0), (-1, -1, -1),
-           (-1, 5, 5), (32768, 5, 5), (60, 128, 5), (60, 5, 32768),
-           (99999, 999, 99999), (2 ** 40, 5, 5)))),
-    ("about 7140 s", "what returns -1 has changed nothing; Kamailio has turned"
-     " keepalive on, with the system's two hours",
-     f"3.3 the kernel's timer after {ENABLE} -1, 5, 5, which fails"),
-    ("about 20 s", "what returns -1 has changed nothing; Kamailio has set what"
-     " the kernel took",
-     f"3.3 the kernel's timer after {ENABLE} 50, 5, 5, then 20, 128, 5, which"
-     " fails"),
-    ("none", '3.3: "number of non-acked keepalive before reseting the'
-     ' connection"; the kernel sends none while data is in flight, so tcpops'
-     " has a deadline of its own",
-     "3.3 keepalive 2, 3, 1: a peer vanishes with data in flight"),
-    ("1", "3.5: out of range; Kamailio makes another number of it",
-     f"3.5 {LIFETIME}, 1099511627776 s"),
-    ("late, none or never, none", '3.5: "the new connection lifetime", in'
-     ' seconds; 4.1: "or timeout"; Kamailio looks at a lifetime seldom (seen:'
-     " 1 to 9 s late), and tells nobody of its end",
-     *(f"3.5 an idle connection's lifetime of {what}" for what in (
-         "1 s", "2 s", "4 s", "0 s", "2 s, set from another connection",
-         "2 s, set from outside of TCP", "2 s, set after 8 s of silence",
-         "1 s raised to 3 s", "30 s shortened to 2 s",
-         "30 s shortened to 2 s from another connection")),
-     "3.5 a lifetime of 2 s renewed by what is received",
-     "3.5 a lifetime of 2 s renewed by what is sent",
-     "3.5 a lifetime of 2 s not renewed by a question about it",
-     "3.5 the default lifetime (of 4 s), an idle connection"),
-    ("late, none or on time, none", '4.1: "or timeout"; Kamailio tells nobody'
-     " of the end of a lifetime",
-     "3.5 the default lifetime (of 4 s), a connection never used"),
-    ("none", '4.1: "or timeout"; Kamailio tells nobody of the end of a'
-     " lifetime",
-     "4.1 closed_event 1, it ends by its lifetime",
-     "4.1 closed_event 1, no route but tcp:closed, it ends by its lifetime",
-     "2.1 closed_event 2, enabled, it ends by its lifetime"),
-    ("none", '4.1: "closed by the remote party, or reset, or timeout";'
-     " Kamailio 5.6 calls tcp:reset and tcp:timeout alone for the latter two,"
-     " also where there is no such route",
-     "4.1 closed_event 1, no route but tcp:closed, it ends by RST",
-     "4.1 closed_event 1, no route but tcp:closed, it ends by keepalive"),
-    ("tcp:closed or none", '4.1: the same, and "reset"; Kamailio takes an RST'
-     " behind data for a FIN, or not",
-     "4.1 closed_event 1, no route but tcp:closed, it ends by RST behind half"
-     " a message"),
-    ("tcp:closed or tcp:reset", '4.1: "reset"; Kamailio takes an RST behind'
-     " data for a FIN, or not",
-     "4.1 closed_event 1, it ends by RST behind half a message",
-     "2.1 closed_event 2, enabled, it ends by RST behind half a message"),
-    ("none", "every conid ends in one event; Kamailio has none where it closes"
-     " a silent connection itself",
-     "4.1 closed_event 1, it ends after 8 s of silence by tcp_close_connection"
-     " from another"),
-    ("none", "every conid ends in one event; Kamailio has none for a connect"
-     " that fails",
-     "4.1 an outgoing connection, refused",
-     "4.1 an outgoing connection, no answer for 3 s"),
-    ("<null>", '4.1: "The corresponding $conid variable will be available in'
-     ' the event route"', "4.1 $conid in the event route"),
+    Group("`tcp_conid_alive` and `tcp_conid_state` without a conid",
+          ("unknown",), '3.1, 3.2: "conid (optional)". Kamailio has only the'
+          " form with a conid",
+          each(PROBES, "in a message, without conid",
+               "outside of TCP, without conid",
+               "in a message of an outgoing connection, without conid")),
+    Group("numbers that a variable holds as a string", ("-1",),
+          'The examples pass `"60"` and `"$var(conid)"`. Kamailio takes such a'
+          " literal, but no variable that holds a string",
+          each(FUNCTIONS, "conid and arguments as strings")
+          + [f"3.3 {ENABLE}, the strings '60', '5', '7'",
+             f"3.5 {LIFETIME}, the string '3605'",
+             f"3.5 {LIFETIME}, the string '1.5'"]),
+    Group("lifetime and closed event, a conid that is none", ("no answer",),
+          '3.5, 3.6: "Retuns 1 on success, -1 on failure". Kamailio returns 0,'
+          " which ends the script",
+          each(BOOKS, *NOT_FOUND)),
+    Group("state, FIN came while the script was busy", ("-1", "1"),
+          '3.2: "-2: Socket has reached EOF". Kamailio answers what it knew'
+          " last, and closes by itself at a FIN",
+          each(PROBES[1:], BUSY[0],
+               "FIN came, half-closed while the script was busy",
+               "a message and FIN came while the script was busy")),
+    Group("state, RST came while the script was busy", ("-1", "1"),
+          '3.2: "-3: Socket error has occured". Kamailio answers what it knew'
+          " last, and closes by itself at an RST",
+          each(PROBES[1:], BUSY[1],
+               "a message and RST came while the script was busy")),
+    Group("alive, FIN or RST came while the script was busy", ("-1", "1"),
+          '3.1: "or is about to be closed". Kamailio answers what it knew'
+          " last",
+          each(PROBES[:1], *BUSY,
+               "FIN came, half-closed while the script was busy",
+               "a message and FIN came while the script was busy",
+               "a message and RST came while the script was busy")),
+    Group("keepalive and close, FIN or RST came while the script was busy",
+          ("-1", "1"), "A conid is one until its end has been told. Kamailio"
+          " closes in another process meanwhile, or not",
+          each(OPTIONS, *BUSY) + [f"3 tcp_close_connection, {what}"
+                                  for what in BUSY]),
+    Group("lifetime and closed event, FIN or RST came while the script was"
+          " busy", ("no answer", "1"), "A conid is one until its end has been"
+          " told. Kamailio closes in another process meanwhile, or not",
+          each(BOOKS, *BUSY)),
+    Group("state, the socket that accepts connections", ("unknown",),
+          '3.2: "2: Socket is accepting incoming connections". Such a socket'
+          " of Kamailio's has no conid",
+          ["3.2 tcp_conid_state, the socket that accepts connections"]),
+    Group("state, a socket in an unknown bad state", ("unknown",),
+          '3.2: "-4: Socket is in unknow bad state". Nothing brings Kamailio'
+          " to it from outside",
+          ["3.2 tcp_conid_state, a socket in an unknown bad state"]),
+    Group("keepalive values that the kernel refuses", ("1",),
+          '3.3: "-1 on failure". Kamailio does not heed what the kernel says',
+          [f"3.3 {ENABLE}, idle {idle}, count {count}, interval {interval}"
+           for idle, count, interval in (
+               (0, 5, 5), (60, 0, 5), (60, 5, 0), (0, 0, 0), (-1, -1, -1),
+               (-1, 5, 5), (32768, 5, 5), (60, 128, 5), (60, 5, 32768),
+               (99999, 999, 99999), (2 ** 40, 5, 5))]),
+    Group("the kernel's keepalive after values that it refuses",
+          ("about 60 s, no keepalive, about 60 s", "about 50 s, about 20 s"),
+          "What returns -1 has changed nothing. Kamailio has turned keepalive"
+          " on, and set what the kernel took",
+          [f"3.3 the kernel's timer after {ENABLE} 60, 5, 5, off, then -1, 5,"
+           " 5, which fails",
+           f"3.3 the kernel's timer after {ENABLE} 50, 5, 5, then 20, 128, 5,"
+           " which fails"]),
+    Group("keepalive, a peer vanishes with data in flight", ("no event",),
+          '3.3: "number of non-acked keepalive before reseting the'
+          ' connection". The kernel sends none while data is in flight;'
+          " tcpops has a deadline of its own",
+          ["3.3 keepalive 2, 3, 1: a peer vanishes with data in flight"]),
+    Group("lifetimes of 2^31 s and more", ("1",),
+          "Out of range. Kamailio makes another number of it",
+          [f"3.5 {LIFETIME}, {value} s"
+           for value in (2 ** 31, 2 ** 32 + 60, 2 ** 40)]),
+    Group("a lifetime, however set, and its end",
+          ("late, no event", "never, no event", "on time, no event"),
+          '3.5: "lifetime (seconds)"; 4.1: "or timeout". Kamailio looks at a'
+          " lifetime seldom (here up to 9 s late, or not within 15 s), and"
+          " tells nobody of its end",
+          [*(f"3.5 an idle connection's lifetime of {what}" for what in (
+              "1 s", "2 s", "4 s", "0 s", "2 s, set from another connection",
+              "2 s, set from outside of TCP", "2 s, set after 8 s of silence",
+              "1 s raised to 3 s", "30 s shortened to 2 s",
+              "30 s shortened to 2 s from another connection")),
+           *(f"3.5 a lifetime of {what}" for what in (
+               "2 s renewed by what is received",
+               "2 s renewed by what is sent",
+               "2 s not renewed by a question about it",
+               "1 s of a connection never used",
+               "1 s of an outgoing connection")),
+           f"3.5 {LIFETIME} of 2 s in onreply_route, without conid",
+           "3.5 the default lifetime (of 4 s), an idle connection",
+           "3.5 the default lifetime (of 4 s), a connection never used"]),
+    Group("the event of a lifetime's end", ("no event",),
+          '4.1: "or timeout"',
+          ["4.1 closed_event 1, it ends by its lifetime",
+           f"{ALONE} its lifetime",
+           "2.1 closed_event 2, enabled, it ends by its lifetime"]),
+    Group("half a message, and nothing for long", ("never, no event",),
+          "message_timeout, against peers that drip. Kamailio waits",
+          ["3.5 half a message, and nothing for 3 s"]),
+    Group("a reset or a timeout where `event_route[tcp:closed]` is the only"
+          " one", ("no event",), '4.1: "closed by the remote party, or reset,'
+          ' or timeout". Kamailio 5.6.3 calls tcp:reset and tcp:timeout for'
+          " the latter two, also where there are none",
+          [f"{ALONE} RST", f"{ALONE} keepalive"]),
+    Group("an RST behind data, `event_route[tcp:closed]` is the only one",
+          ("tcp:closed", "no event"), "4.1: the same. Kamailio takes an RST"
+          " behind data for a FIN, or not",
+          [f"{ALONE} RST behind half a message",
+           f"{ALONE} RST behind three messages"]),
+    Group("an RST behind data, or met while sending",
+          ("tcp:closed", "tcp:reset"), '4.1: "reset". Kamailio takes such an'
+          " RST for a FIN, or not",
+          [f"{clause} closed_event {mode}, it ends by RST behind {what}"
+           for what in ("half a message", "three messages")
+           for clause, mode in (("4.1", "1"), ("2.1", "2, enabled"))]
+          + ["4.1 an RST that is met while sending"]),
+    Group("a peer that stops reading", ("tcp:closed",), '4.1: "or timeout".'
+          " Kamailio closes for its own send timeout and says tcp:closed",
+          ["4.1 a peer that stops reading, for longer than 3 s"]),
+    Group("`tcp_close_connection` by conid of a connection that is silent, or"
+          " outgoing", ("no event", "1, no event", "1, tcp:closed"),
+          "Every conid ends in one event. Kamailio has none where the process"
+          " that closes is not the one that reads",
+          ["4.1 closed_event 1, it ends after 8 s of silence by"
+           " tcp_close_connection from another",
+           *(f"4.1 tcp_close_connection by conid, {what}" for what in (
+               "a connection never used", "an outgoing connection",
+               "an outgoing connection that does not stand yet"))]),
+    Group("state, alive and close, right behind `tcp_close_connection`",
+          ("1", "-1"), "A conid is gone from the moment that this has returned"
+          " 1. Kamailio has another process close later",
+          each([*PROBES, *OPTIONS],
+               "tcp_close_connection has just been called")
+          + ["3 tcp_close_connection, tcp_close_connection has just been"
+             " called"]),
+    Group("lifetime and closed event, right behind `tcp_close_connection`",
+          ("no answer", "1"), "The same",
+          each(BOOKS, "tcp_close_connection has just been called")),
+    Group("an outgoing connection that fails", ("no event",), "Every conid"
+          " ends in one event. Kamailio has none for a connect that fails",
+          ["4.1 an outgoing connection, refused",
+           "4.1 an outgoing connection, no answer for 3 s"]),
+    Group("`$conid` in the event route", ("<null>",), '4.1: "The corresponding'
+          ' $conid variable will be available in the event route"',
+          ["4.1 $conid in the event route"]),
+    Group("`$Ri` and `$Rp` in the event route, an outgoing connection",
+          ("the listener's",), "They are the connection's own. Kamailio shows"
+          " the address on which it listens",
+          ["4.1 $Ri and $Rp in the event route, an outgoing connection"]),
+    Group("`tcp_get_conid` of a SIP URI", ("-1",), "A URI is an address, too",
+          ["3 tcp_get_conid, a SIP URI"]),
 ]
-#: The same by scenario: {key: (what Kamailio answers, why)}.
-DIFFERENCES = {key: (answer, why) for answer, why, *keys in GROUPS
-               for key in keys}
 
 # -- the run ------------------------------------------------------------------
 
@@ -1559,7 +1870,8 @@ def run_all(scenarios, places, progress):
         systems, net = places[name]
         number = numbers[one.key] * len(places) + [*places].index(name)
         found[one.key][name] = play(one, number, systems, net)
-        progress(f"{next(done)} of {all_of_them}")
+        progress(f"{next(done)} of {all_of_them}: {len(scenarios)} scenarios,"
+                 f" {' and '.join(places)}")
     for slow, workers in ((True, 128), (False, 32)):
         pool = concurrent.futures.ThreadPoolExecutor(workers)
         try:
@@ -1578,24 +1890,24 @@ def verdict(scenario, answer):
 
 
 def check_differences(scenarios, found):
-    """Compare what tcpops and Kamailio answered with DIFFERENCES; return what
-    is wrong, a list of sentences.
+    """Compare what tcpops and Kamailio answered with GROUPS; return what is
+    wrong, a list of sentences.
     """
+    listed = {key: {answer for group in GROUPS if key in group.keys
+                    for answer in group.kamailio}
+              for group in GROUPS for key in group.keys}
     wrong = []
     for one in scenarios:
-        answers = found[one.key]
-        if not {"tcpops", "kamailio"} <= set(answers):
-            continue
-        ours, theirs = answers["tcpops"].text, answers["kamailio"].text
-        listed = DIFFERENCES.get(one.key)
+        ours, theirs = (found[one.key].get(name, Answer(None, "")).text
+                        for name in ("tcpops", "kamailio"))
         if ours is None or theirs is None:
             continue
-        if ours != theirs and listed is None:
+        if one.key not in listed and ours != theirs:
             wrong.append(f"{one.key}: tcpops answers {ours!r}, Kamailio"
                          f" {theirs!r}, and the table does not say so")
-        elif listed is not None and theirs not in listed[0].split(" or "):
+        elif one.key in listed and theirs not in listed[one.key]:
             wrong.append(f"{one.key}: Kamailio answers {theirs!r}, and the"
-                         f" table says {listed[0]!r}")
+                         f" table says {' or '.join(listed[one.key])!r}")
     return wrong
 
 
@@ -1616,7 +1928,8 @@ def rows(scenarios, found, names):
                if verdict(one, answer) == "differs"]
         lines.append([one.clause, one.what, one.demand, *cells,
                       f"{', '.join(bad)} differs" if bad else
-                      "skipped" if "skipped" in cells else "pass"])
+                      "skipped" if any(answer.text is None
+                                       for answer in answers) else "pass"])
     return lines
 
 
@@ -1628,7 +1941,8 @@ def show_text(lines):
 
 
 def show_markdown(lines):
-    lines = [[cell.replace("|", "\\|").replace("<", "&lt;") for cell in line]
+    lines = [[cell.replace("|", "\\|").replace(
+                "<", "&lt;").replace(">", "&gt;") for cell in line]
              for line in lines]
     for line in [lines[0], ["---"] * len(lines[0]), *lines[1:]]:
         print("| " + " | ".join(line) + " |")
@@ -1636,14 +1950,11 @@ def show_markdown(lines):
 
 def differences():
     """Return the README's section on differences, from GROUPS."""
-    by_key = {one.key: one for one in SCENARIOS}
-    lines = [["what is done", "Kamailio 5.6.3", "tcpops", "why"]]
-    for answer, why, *keys in GROUPS:
-        demands = dict.fromkeys(by_key[key].demand for key in keys)
-        lines.append([f"{keys[0]}" + (
-            f", and {len(keys) - 1} more like it" if len(keys) > 1 else ""),
-            answer, " or ".join(demands), why])
-    return lines
+    demands = {one.key: one.demand for one in SCENARIOS}
+    return [["what is done", "Kamailio 5.6.3", "tcpops", "why"], *(
+        [group.title, " or ".join(group.kamailio),
+         " or ".join(dict.fromkeys(demands[key] for key in group.keys)),
+         group.why] for group in GROUPS)]
 
 
 def show_json(scenarios, found, wrong):
@@ -1660,21 +1971,25 @@ def show_json(scenarios, found, wrong):
 
 def parse_system(text):
     """Return (name, mode, address) of NAME or NAME[:MODE]=HOST:PORT."""
-    name, _, address = text.partition("=")
-    name, _, mode = name.partition(":")
-    if not address:
-        if text not in COMMANDS:
-            raise argparse.ArgumentTypeError(
-                f"expected {' or '.join(COMMANDS)}, or NAME[:MODE]=HOST:PORT,"
-                f" not {text!r}")
-        return name, None, None
-    if mode not in ("", *MODES):
+    if text in COMMANDS:
+        if text == "kamailio" and not shutil.which("kamailio"):
+            raise argparse.ArgumentTypeError("Kamailio is not installed")
+        return text, None, None
+    parts = re.fullmatch(r"([^:=]+)(?::([^:=]*))?=([^:]+):(\d+)", text)
+    if not parts or parts[1] in COMMANDS:
+        raise argparse.ArgumentTypeError(
+            f"expected {' or '.join(COMMANDS)}, or NAME[:MODE]=HOST:PORT with"
+            f" another name, not {text!r}")
+    name, mode, host, port = parts.groups()
+    if mode not in (None, *MODES):
         raise argparse.ArgumentTypeError(
             f"expected a mode out of {', '.join(MODES)}, not {mode!r}")
     try:
-        return name, mode or "always", tcpops.parse_address(address)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error))
+        found = socket.getaddrinfo(*tcpops.parse_address(f"{host}:{port}"),
+                                   socket.AF_INET, socket.SOCK_STREAM)
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"{host}:{port}: {error}")
+    return name, mode or "always", found[0][4]
 
 
 def parser():
@@ -1737,6 +2052,7 @@ def places_for(options, stack):
             systems, _ = places.setdefault(name, ({}, None))
             systems[mode] = System(address)
             stack.callback(systems[mode].end)
+            systems[mode].check(name)
     return places
 
 
@@ -1744,8 +2060,10 @@ def main():
     options = parser().parse_args()
     if options.serve:
         mode, port, *hosts = options.serve
-        serve(mode, int(port), *hosts)
+        Subject(mode, int(port), *hosts).run()
     show = show_markdown if options.markdown else show_text
+    if options.json and (options.list or options.differences):
+        parser().error("--json is for answers")
     if options.differences:
         show(differences())
         return 0
@@ -1765,7 +2083,7 @@ def main():
         show_json(scenarios, found, wrong)
     else:
         show(rows(scenarios, found, [*places]))
-    if show is show_text and not options.json:
+        print()
         for name in places:
             count = collections.Counter(
                 verdict(one, found[one.key][name]) for one in scenarios)
@@ -1778,8 +2096,19 @@ def main():
         for one in scenarios for name in options.must_pass))
 
 
+def interrupted(number, _frame):
+    raise KeyboardInterrupt(number)
+
+
 if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, interrupted)
     try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        os._exit(130)  # threads that wait for a system would hold us up
+        status = main()
+        sys.stdout.flush()
+        sys.exit(status)
+    except KeyboardInterrupt as error:
+        show_progress("")
+        os._exit(128 + error.args[0])  # threads that wait would hold us up
+    except BrokenPipeError:  # of "| head", say
+        os._exit(1)

@@ -8,7 +8,8 @@ Peers are asyncio, and uvloop, Twisted and websockets where they are installed
 (pip install uvloop twisted websockets).  Each server is a process of its own
 on the first core, the load runs on the second.  What decides is the server's
 processor time per message, as the kernel counts it: that holds even where the
-load is the slower side.  Servers take turns, round by round, and each figure
+load is the slower side.  "ok" and "MISS" say whether a figure, or its ratio to
+a peer's, is within what we aim at.  Servers take turns, round by round, and each figure
 is the median of its rounds, each ratio the median of the rounds' ratios: what
 slows the machine for a while slows both sides.  Linux only.
 """
@@ -16,6 +17,7 @@ slows the machine for a while slows both sides.  Linux only.
 import argparse
 import asyncio
 import contextlib
+import ctypes
 import gc
 import itertools
 import json
@@ -24,6 +26,7 @@ import os
 import re
 import resource
 import select
+import signal
 import socket
 import ssl
 import statistics
@@ -239,13 +242,22 @@ SERVERS = {name[6:]: function for name, function in globals().items()
            if name.startswith("serve_")}
 
 
+def die_with_us():
+    """In a child: have the kernel end it when its parent has ended."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+#: How a child is started, to which Ctrl-C says nothing.
+ALONE = {"preexec_fn": die_with_us, "start_new_session": True}
+
+
 class Server:
     """A server in a process of its own."""
 
     def __init__(self, name, kind="echo"):
         self.process = subprocess.Popen(
             [sys.executable, __file__, "--serve", name, "--kind", kind],
-            stdout=subprocess.PIPE, text=True)
+            stdout=subprocess.PIPE, text=True, **ALONE)
         line = self.process.stdout.readline()
         if not line:
             raise SystemExit(f"the {name} server did not start")
@@ -602,8 +614,9 @@ class Bench:
                 3500 - next(number) * 1e-3)}, 50000)
         self.add(f"a re-arm among {count} deadlines", figures, "µs per call",
                  (None, 2.0),
-                 note=f"{entries:.0f} bytes a deadline; with its record"
-                 f" {(memory_here() - before) / count:.0f}")
+                 note=f"{entries:.0f} bytes a deadline, and"
+                 f" {(memory_here() - before) / count - entries:.0f} its"
+                 " connection's record and books")
 
     def loops(self, functions, count):
         """Return {name: [µs per call]}, of alternate rounds."""
@@ -624,7 +637,7 @@ class Bench:
         self.progress(f"{count} lifetimes that expire at once")
         code = EXPIRY.format(path=str(Path(tcpops.__file__).parent))
         with subprocess.Popen([sys.executable, "-c", code], text=True,
-                              stdout=subprocess.PIPE) as process:
+                              stdout=subprocess.PIPE, **ALONE) as process:
             address = HOST, int(process.stdout.readline())
             socks = connect(address, count)
             sock, = connect(address, 1)
@@ -780,20 +793,24 @@ def main():
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
         SERVERS.get(options.serve, serve_tcpops)(options.kind)
         return
-    wanted = options.only.split(",") if options.only else names
-    if not set(wanted) <= set(names):
-        parser.error(f"--only knows {', '.join(names)}")
+    wanted = names if options.only is None else [
+        name.strip() for name in options.only.split(",")]
+    for name in wanted:
+        if name not in names:
+            parser.error(f"--only knows {', '.join(names)}, not {name!r}")
     os.sched_setaffinity(0, cores[-1:])
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
     bench = Bench(options)
+    missing = [name for name in ("uvloop", "twisted", "websockets")
+               if not installed([name])]
+    if missing:
+        print(f"not installed, so left out: {', '.join(missing)}",
+              file=sys.stderr)
     if len(cores) < 2:
         print("only one core: server and load share it", file=sys.stderr)
-    try:
-        for name in wanted:
-            getattr(bench, "run_" + name)()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    for name in wanted:
+        getattr(bench, "run_" + name)()
     if options.json:
         print(json.dumps({
             "python": sys.version.split()[0], "tcpops": tcpops.__version__,
@@ -801,4 +818,11 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        main()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # of "| head", say
+        os._exit(1)

@@ -2424,7 +2424,7 @@ class Loop(Routes):
         """Stop accepting, send what is queued, and end every connection.
 
         Returns when all have ended, after timeout seconds (of real time) at
-        the latest.  Their reason is "shutdown".
+        the latest.  Their reason is "shutdown", or what their peers had done.
         """
         timeout = _number(timeout, "timeout", 0, _MAX_SECONDS)
         self._check_outside()

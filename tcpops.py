@@ -2424,7 +2424,7 @@ class Loop(Routes):
         """Stop accepting, send what is queued, and end every connection.
 
         Returns when all have ended, after timeout seconds (of real time) at
-        the latest.  Their reason is "shutdown", or what their peers had done.
+        the latest.  Their reason is "shutdown", or "reset" after an RST.
         """
         timeout = _number(timeout, "timeout", 0, _MAX_SECONDS)
         self._check_outside()
@@ -2433,7 +2433,7 @@ class Loop(Routes):
         try:
             cause = Cause("shutdown", None, "drained")
             for conn in self._table:
-                self._state(conn)  # what the peer did before is the reason
+                self._last_look(conn)
                 if conn.phase is not Phase.DOOMED:
                     self._finish(conn, cause)
             while self._live and time.monotonic() < deadline:
@@ -2455,7 +2455,7 @@ class Loop(Routes):
             return
         self._closing = True
         for conn in self._table:
-            self._state(conn)  # what the peer did before is the reason
+            self._last_look(conn)
             self._end(conn, Cause("shutdown", None, "the loop was closed"))
         if not self._turning:
             self._release()
@@ -2538,6 +2538,7 @@ class Loop(Routes):
         if self._waiting or self._calls:
             for conn in _take(self._waiting):
                 conn.waiting = False
+                conn.active = self._clock()  # it is not idle: we lag behind
                 self._deliver(conn)
                 self._rewatch(conn)
                 handled += 1
@@ -2883,9 +2884,7 @@ class Loop(Routes):
                 # Unread bytes would turn the FIN into an RST, which destroys
                 # what the peer has not read yet of ours.  Ends with EAGAIN
                 # or FIN, or with a peer that sends faster than we read.
-                # After a FIN there are none; a framing may end before it.
-                if conn.bytes_out and (conn.cause.reason != "eof"
-                                       or conn.layer is not None):
+                if conn.bytes_out:
                     any(not conn.sock.recv(_RECV_SIZE)
                         for _ in range(_EMPTYING))
         except OSError:
@@ -3363,7 +3362,7 @@ class Loop(Routes):
         Where reading was paused, a FIN or an RST may have come before.
         """
         if (conn.phase in (Phase.OPENING, Phase.OPEN)
-                and self._probe(conn) is _EOF and reason != "send"):
+                and self._probe(conn) is _EOF and not conn.out):
             self._doom(conn, conn.cause)  # what came before it is delivered
         if conn.phase is not Phase.DOOMED:
             self._end(conn, Cause(reason, number, detail))
@@ -3427,6 +3426,17 @@ class Loop(Routes):
               and not conn.bytes_in and not conn.bytes_out):
             return State.ACCEPT
         return state
+
+    def _last_look(self, conn):
+        """Before we end a connection: an RST that has come is the reason.
+
+        A FIN is not, unless somebody has seen it: it leaves the connection to
+        us, and what came before it is not delivered any more.
+        """
+        if conn.cause is None:
+            self._state(conn)
+            if conn.phase in (Phase.OPENING, Phase.OPEN):
+                conn.cause = None
 
     def _kernel_keepalive(self, conn):
         """Return the Keepalive that the kernel has, None where it has none."""
@@ -3606,14 +3616,14 @@ class TcpOps(Loop):
     def tcp_close_connection(self, conid=_CURRENT):
         """Close a connection, or a listener.
 
-        What is queued is sent first, within send_timeout.  From the moment
-        that this returns, the conid's state is NOT_FOUND.  The reason is what
-        the peer did, if it was first: after its FIN it is still "eof", and
-        after an RST there is nothing to close any more.
+        What is queued is sent first, within send_timeout, or its lifetime if
+        that is shorter.  From the moment that this returns, the conid's state
+        is NOT_FOUND.  FAILURE if an RST has come before, also if nobody has
+        noticed: that is the reason then.
         """
         conn = self._known(conid)
         if conn is not None:
-            self._state(conn)
+            self._last_look(conn)
         if conn is None or conn.phase is not Phase.LISTENING:
             conn = self._usable(conid)
         conn.forgotten = True

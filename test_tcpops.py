@@ -2748,7 +2748,7 @@ class TestFramings:
                 got += len(sock.recv(1 << 20))
         got += sum(map(len, iter(lambda: sock.recv(1 << 20), b"")))
         assert got == (5 << 20) + 1
-        assert world.end(conid).reason == "eof"  # the FIN was first
+        assert world.end(conid).reason == "closed"
 
     def test_a_socket_that_dies_in_the_handshake(self, make_world):
         """tcp:opened comes before the message, also on a dead socket."""
@@ -4629,7 +4629,7 @@ class TestLoop:
 
     def test_a_handler_that_closes_the_loop_with_the_last_line(self,
                                                                make_world):
-        """It ends, and the peer's FIN was first."""
+        """What it says is the end, though the peer's FIN has been read."""
         world = make_world(framing="line")
         sock, conid = world.client()
         world.on_message = lambda msg: world.ops.close()
@@ -4641,8 +4641,8 @@ class TestLoop:
         world.ops.step(5)
         with contextlib.suppress(RuntimeError):  # closed by now
             world.until(world.ends)
-        assert [event.reason for event in world.ends()] == ["eof"]
-        assert states == [State.EOF]
+        assert [event.reason for event in world.ends()] == ["shutdown"]
+        assert states == [State.NOT_FOUND]
 
     def test_close_while_a_dead_socket_waits(self, world):
         sock, conid = world.client()
@@ -5328,14 +5328,22 @@ class TestDeaths:
 
     @pytest.mark.parametrize("probed", [False, True], ids=["", "probed"])
     @pytest.mark.parametrize("how", ["tcp_close_connection", "close", "drain"])
-    @pytest.mark.parametrize("way, reason", [("rst", "reset"), ("fin", "eof")])
-    def test_the_peer_was_first(self, world, how, way, reason, probed):
-        """Its FIN or RST is the reason, also where nobody had seen it."""
+    @pytest.mark.parametrize("way", ["rst", "fin"])
+    def test_the_peer_was_first(self, world, how, way, probed):
+        """Its RST is the reason, also where nobody had seen it; a FIN if
+        somebody had.  Whoever has sent FIN loses nothing of ours.
+        """
         sock, conid = world.client()
+        world.on_message = lambda msg: msg.reply(bytes(200000))
+        sock.send(b"go")
+        world.until(lambda: world.messages)
+        sock.send(b"unread")
         if way == "rst":
             rst(sock)
         else:
-            sock.close()
+            sock.shutdown(socket.SHUT_WR)
+        reason = "reset" if way == "rst" else "eof" if probed else (
+            "closed" if how == "tcp_close_connection" else "shutdown")
         if probed:
             assert not world.ops.tcp_conid_state(conid)
         if how == "tcp_close_connection":
@@ -5345,6 +5353,42 @@ class TestDeaths:
         else:
             getattr(world.ops, how)(*[1] * (how == "drain"))
         assert [event.reason for event in world.ends()] == [reason]
+        if way == "fin":
+            assert len(b"".join(iter(lambda: sock.recv(65536), b""))
+                       ) == 200000
+
+    def test_a_lifetime_while_messages_wait(self, make_world, clock):
+        """Not idle: its messages are handed over, a few in each turn."""
+        world = make_world(framing="line", clock=clock)
+        sock, conid = world.client()
+        assert world.ops.tcp_set_connection_lifetime(conid, 1) == 1
+        world.on_message = lambda msg: clock.advance(0.2)
+        sock.send(b"l\n" * 100)
+        world.until(lambda: len(world.messages) == 100)
+        assert not world.ends()
+        clock.advance(1)
+        assert world.end(conid).reason == "lifetime"
+
+    def test_a_lifetime_while_a_queue_waits_and_fin_has_come(self, make_world,
+                                                             clock):
+        """What is not sent is not hidden: RST, and the detail says so."""
+        world = make_world(clock=clock, max_write_buffer=1000)
+        sock, conid = world.client()
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        world.on_message = lambda msg: msg.reply(bytes(8 << 20))
+        sock.send(b"go")
+        world.until(lambda: world.messages)
+        assert world.ops.tcp_set_connection_lifetime(conid, 1) == 1
+        sock.send(b"more")
+        sock.shutdown(socket.SHUT_WR)
+        world.settle()
+        clock.advance(1)
+        event = world.end(conid)
+        assert event.reason == "eof" and "bytes unsent" in event.detail
+        assert len(world.messages) == 1
+        with pytest.raises(ConnectionResetError):
+            while sock.recv(65536):
+                pass
 
     def test_4_1_slow_reader_after_half_close(self, world):
         """Several megabytes, read in small bites."""

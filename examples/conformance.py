@@ -922,6 +922,16 @@ def timer(*steps, by_conid=False, pause=0.0, outgoing=False):
 
 ENABLE = "tcp_keepalive_enable"
 DISABLE = "tcp_keepalive_disable"
+
+
+@scenario("3.3", "the kernel's timer where nobody has asked for keepalive",
+          "no keepalive")
+def _(lab):
+    client = lab.client()
+    client.talk()
+    return lab.timer(client)
+
+
 for what, demand, play in (
         ("60, 5, 5", "about 60 s", timer((ENABLE, 60, 5, 5))),
         ("60, 5, 5 by conid", "about 60 s",
@@ -1216,6 +1226,16 @@ add("3.5", "a lifetime of 1 s of an outgoing connection",
     "on time, tcp:timeout", of_a(outgoing_one, "1"), slow=True)
 
 
+@scenario("3.5", "a lifetime of 1 s of a connection that does not stand yet",
+          "tcp:timeout, -1", slow=True)
+def _(lab):
+    peer, asker = lab.deaf()
+    conid = asker.ask("tcp_get_conid", "%s:%d" % peer.name)
+    asker.ask(LIFETIME, 1, conid=conid)
+    time.sleep(1.5)
+    return f"{lab.told(peer, 1)}, {asker.ask('tcp_conid_state', conid=conid)}"
+
+
 @scenario("3.5", f"{LIFETIME} of 2 s in onreply_route, without conid",
           "on time, tcp:timeout", slow=True)
 def _(lab):
@@ -1436,6 +1456,26 @@ def _(lab):
         time.sleep(0.1)
         client.sock.close()
         return lab.told(client)
+
+
+def said(old, new, patience=2):
+    """Send a request in which something has been replaced."""
+    def play(lab):
+        client = lab.client()
+        client.talk()
+        client.sock.sendall(re.sub(old, new, client.request("conid")[0]))
+        return lab.told(client, patience)
+    return play
+
+
+for what, old, new in (
+        ("bytes without end or sense", rb"[\0-\x7f]", b"\x80"),
+        ("HTTP", b"^.*", b"GET / HTTP/1.1"),
+        ("two lengths", b"(Content-Length: )0", rb"\g<0>\r\n\g<1>3"),
+        ("no length", b"Content-Length: 0\r\n", b"")):
+    add("4.1", f"a peer that sends {what}", "tcp:closed", said(old, new))
+add("4.1", "a peer that ends its lines with LF alone", "tcp:timeout",
+    said(b"\r\n", b"\n", 5), slow=True)
 
 
 @scenario("4.1", "an accepted connection that never said a word",
@@ -1718,6 +1758,10 @@ GROUPS = [
            " 5, which fails",
            f"3.3 the kernel's timer after {ENABLE} 50, 5, 5, then 20, 128, 5,"
            " which fails"]),
+    Group("the kernel's keepalive where nobody has asked for it",
+          ("about 7140 s",), '1: "on demand". Kamailio turns it on, with the'
+          " system's two hours, for every connection (tcp_keepalive)",
+          ["3.3 the kernel's timer where nobody has asked for keepalive"]),
     Group("keepalive, a peer vanishes with data in flight", ("no event",),
           '3.3: "number of non-acked keepalive before reseting the'
           ' connection". The kernel sends none while data is in flight;'
@@ -1751,9 +1795,18 @@ GROUPS = [
           ["4.1 closed_event 1, it ends by its lifetime",
            f"{ALONE} its lifetime",
            "2.1 closed_event 2, enabled, it ends by its lifetime"]),
+    Group("a lifetime of a connection that does not stand yet",
+          ("no event, 3",), "The same. Kamailio's has a deadline of its own",
+          ["3.5 a lifetime of 1 s of a connection that does not stand yet"]),
     Group("half a message, and nothing for long", ("never, no event",),
           "message_timeout, against peers that drip. Kamailio waits",
           ["3.5 half a message, and nothing for 3 s"]),
+    Group("what is no SIP, or not clearly", ("no event",),
+          "RFC 3261, 7 and 18.3: who cannot be understood is not listened to."
+          " Kamailio waits, skips it, or takes it as it is",
+          [f"4.1 a peer that {what}" for what in (
+              "sends bytes without end or sense", "sends HTTP",
+              "sends two lengths", "ends its lines with LF alone")]),
     Group("a reset or a timeout where `event_route[tcp:closed]` is the only"
           " one", ("no event",), '4.1: "closed by the remote party, or reset,'
           ' or timeout". Kamailio 5.6.3 calls tcp:reset and tcp:timeout for'

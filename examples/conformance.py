@@ -965,14 +965,6 @@ def _(lab):
     return f"{result}, {lab.timer(client)}"
 
 
-def in_time(limit):
-    """Say whether something that took seconds was within a limit."""
-    return lambda seconds: (
-        "never" if seconds is None else
-        "on time" if -0.1 <= seconds - limit <= 0.6 else
-        "early" if seconds < limit else "late")
-
-
 def in_a_reply(client, name, *arguments, **how):
     """Have a function called in the onreply_route."""
     client.sock.sendall(client.request(name, *arguments, response=True,
@@ -1103,7 +1095,9 @@ def closes(limit, start, lab, client, patience=15):
     end = client.wait(patience)
     seconds = None if end is None else end - start
     lab.note = "still open" if end is None else f"{seconds:.2f} s"
-    return f"{in_time(limit)(seconds)}, {lab.told(client, 1.5)}"
+    when = ("never" if end is None else "early" if seconds < limit - 0.1
+            else "late" if seconds > limit + 0.6 else "on time")
+    return f"{when}, {lab.told(client, 1.5)}"
 
 
 def idle(*lifetimes, by=lambda lab, client: client):

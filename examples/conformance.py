@@ -1857,6 +1857,7 @@ GROUPS = [
 
 # -- the run ------------------------------------------------------------------
 
+
 class Answer(NamedTuple):
     """What a system answered in a scenario; None: skipped, the note says why.
     """

@@ -394,6 +394,7 @@ class Net:
         net = f"10.{100 + tag % 100}.{tag // 100 % 250}"
         self.ours, self.theirs = f"{net}.1", f"{net}.2"
         self.reason = ""
+        self.lock = threading.Lock()  # one scenario at a time pulls the cable
         try:
             self.make()
         except (OSError, subprocess.CalledProcessError) as error:
@@ -424,8 +425,16 @@ class Net:
             finally:
                 LIBC.setns(home.fileno(), 0)
 
-    def unplug(self):
-        run("ip", "-n", self.name, "link", "set", "inner", "down")
+    @contextlib.contextmanager
+    def host(self, port):
+        """Yield (a client on that host, what pulls its cable out)."""
+        def cable(way):
+            run("ip", "-n", self.name, "link", "set", "inner", way)
+        with self.lock, self.connect(port) as sock:
+            try:
+                yield Client(sock), lambda _: cable("down")
+            finally:
+                cable("up")
 
     def end(self):
         for command in (("ip", "netns", "del", self.name),
@@ -1030,15 +1039,22 @@ def vanished(lab, client, then, make_vanish=vanish):
     return f"{names} {'on time' if 3.5 < seconds < 5.7 else 'late'}"
 
 
-@scenario("3.3", "keepalive 2, 3, 1: a host vanishes with its cable",
-          "tcp:timeout on time", slow=True)
-def _(lab):
-    if lab.net is None:
-        raise Skip("the system is not on this machine")
-    client = Client(lab.keep(lab.net.connect(lab.system.address[1])))
-    client.ask(ENABLE, 2, 3, 1)
-    return vanished(lab, client, lambda: None, lambda client:
-                    lab.net.unplug())
+def unplugged(in_flight):
+    def play(lab):
+        if lab.net is None:
+            raise Skip("the system is not on this machine")
+        asker = lab.client()
+        with lab.net.host(lab.system.address[1]) as (client, unplug):
+            client.ask(ENABLE, 2, 3, 1)
+            return vanished(lab, client, lambda: in_flight and asker.ask(
+                "forward", "%s:%d" % client.name), unplug)
+    return play
+
+
+add("3.3", "keepalive 2, 3, 1: a host vanishes with its cable",
+    "tcp:timeout on time", unplugged(False), slow=True)
+add("3.3", "keepalive 2, 3, 1: a host vanishes with data in flight",
+    "tcp:timeout on time", unplugged(True), slow=True)
 
 
 def lives(prepare, buffer=None):
@@ -1760,7 +1776,8 @@ GROUPS = [
           '3.3: "number of non-acked keepalive before reseting the'
           ' connection". The kernel sends none while data is in flight;'
           " tcpops has a deadline of its own",
-          ["3.3 keepalive 2, 3, 1: a peer vanishes with data in flight"]),
+          [f"3.3 keepalive 2, 3, 1: a {who} vanishes with data in flight"
+           for who in ("peer", "host")]),
     Group("lifetimes of 2^31 s and more", ("1",),
           "Out of range. Kamailio makes another number of it",
           [f"3.5 {LIFETIME}, {value} s"

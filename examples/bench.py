@@ -8,10 +8,10 @@ Peers are asyncio, and uvloop, Twisted and websockets where they are installed
 (pip install uvloop twisted websockets).  Each server is a process of its own
 on the first core, the load runs on the second.  What decides is the server's
 processor time per message, as the kernel counts it: that holds even where the
-load is the slower side.  "ok" and "MISS" say whether a figure, or its ratio to
-a peer's, is within what we aim at.  Servers take turns, round by round, and each figure
+load is the slower side.  Servers take turns, round by round, and each figure
 is the median of its rounds, each ratio the median of the rounds' ratios: what
-slows the machine for a while slows both sides.  Linux only.
+slows the machine for a while slows both sides.  "ok" and "MISS" say whether a
+figure, or its ratio to a peer's, is within what we aim at.  Linux only.
 """
 
 import argparse

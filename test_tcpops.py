@@ -8231,7 +8231,7 @@ class TestExamples:
         rows = json.loads(done.stdout)["rows"]
         assert [row["what"].split(",")[0] for row in rows] == [
             "echo", "tcp_conid_state of a quiet connection",
-            "1800 lifetimes that expire within 100 ms",
+            "2000 lifetimes that expire within 100 ms",
             "the worst stall of an echo meanwhile"]
         assert all(row["figures"]["tcpops"] > 0 for row in rows)
         wrong = subprocess.run([*command, "nonsense"], capture_output=True,

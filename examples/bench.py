@@ -633,7 +633,7 @@ class Bench:
 
     def run_expiry(self):
         """10,000 lifetimes that end within 100 ms, beside an echo."""
-        count = int(9000 * self.scale)
+        count = int(10000 * self.scale)
         self.progress(f"{count} lifetimes that expire at once")
         code = EXPIRY.format(path=str(Path(tcpops.__file__).parent))
         with subprocess.Popen([sys.executable, "-c", code], text=True,

@@ -623,7 +623,7 @@ class Lab:
 
     def timer(self, client):
         """Return what the system's kernel says of a connection's timer, in
-        tens of seconds: it has run for a while when it is read.
+        tens of seconds or minutes: it has run for a while when it is read.
         """
         if not self.local:
             raise Skip("the system's kernel is not ours")
@@ -644,6 +644,8 @@ class Lab:
         self.note = f"ss: {timer[1]}{timer[2]}"
         seconds = float(timer[1]) * {"ms": .001, "sec": 1, "min": 60}.get(
             timer[2], float("nan"))
+        if seconds > 600:
+            return f"about {-(-seconds // 600) * 10:.0f} min"
         return f"about {-(-seconds // 10) * 10:.0f} s"
 
 
@@ -1769,7 +1771,7 @@ GROUPS = [
            f"3.3 the kernel's timer after {ENABLE} 50, 5, 5, then 20, 128, 5,"
            " which fails"]),
     Group("the kernel's keepalive where nobody has asked for it",
-          ("about 7140 s",), '1: "on demand". Kamailio turns it on, with the'
+          ("about 120 min",), '1: "on demand". Kamailio turns it on, with the'
           " system's two hours, for every connection (tcp_keepalive)",
           ["3.3 the kernel's timer where nobody has asked for keepalive"]),
     Group("keepalive, a peer vanishes with data in flight", ("no event",),

@@ -44,20 +44,13 @@ The file reads from top to bottom; nothing is used above its definition:
    15  The functions of the specification
    16  The command line
 
-What the specification's functions return; negative is false, as in the
-script language, so "if not ops.tcp_conid_alive(conid)" means what it says:
-
-    Result   1 SUCCESS   -1 FAILURE
-    State    1 OK         2 ACCEPT   3 CONNECT
-            -1 NOT_FOUND -2 EOF     -3 ERROR    -4 BAD
-
 "Spec" in a docstring names the section of the TCP Ops module's documentation.
 
 Not here: a SIP stack (transactions, dialogs), WebSocket extensions, UDP, name
 lookups without blocking, use of one TcpOps from several threads (only stop and
 call_soon may be).
 
-Copyright (c) 2026, the tcpops authors.  BSD-2-Clause, see LICENSE.
+Copyright (c) 2026, the tcpops authors.  BSD-2-Clause: see the end of the file.
 """
 
 # ---------------------------------------------------------------------------
@@ -89,11 +82,10 @@ import struct
 import sys
 import threading
 import time
-import types
 import weakref
 from typing import NamedTuple, Optional
 
-__version__ = "1.0.0"
+__version__ = "0.9.0"
 
 __all__ = [
     "State", "Result", "Event", "EVENT_NAMES", "REASONS",         # section 2
@@ -252,9 +244,14 @@ class Event(NamedTuple):
 # Two languages meet in this file.  Listening, connecting and settings speak
 # Python: a wrong value raises.  The functions of the specification speak the
 # script language: a wrong value is one log line and -1.  Both check with what
-# stands here, which always raises ValueError; section 15 is the only place
-# that turns it into a return code.
+# stands here, which always raises _ArgumentError; section 15 is the only place
+# that turns it into a return code, and takes no other ValueError for one.
 # ---------------------------------------------------------------------------
+
+
+class _ArgumentError(ValueError):
+    """An argument cannot be used."""
+
 
 #: Stands for "no conid given": None is a wrong value, not a missing one.
 _CURRENT = object()
@@ -281,23 +278,37 @@ def _number(value, name, low, high, whole=False):
             or not low <= number <= high):
         what = "a whole number" if whole else "a number"
         limits = f" from {low} to {high}" if high != NEVER else ""
-        raise ValueError(
+        raise _ArgumentError(
             f"{name} must be {what}{limits}, not {reprlib.repr(value)}")
     if whole:
         return int(number)
     return number if isinstance(number, int) else float(number)
 
 
-def _arguments(names, given, named):
-    """Sort the arguments of a function whose leading conid may be left out."""
-    if len(given) == len(names) and not named:
-        return given
-    if len(given) + len(named) == len(names) - 1 and "conid" not in named:
+def _arguments(takes, names, given, named):
+    """Sort a function's arguments; "[conid]" in takes may be left out."""
+    if (takes[0] == "[" and "conid" not in named
+            and len(given) + len(named) == len(names) - 1):
         given = (_CURRENT, *given)
     missing = names[len(given):]
     if len(given) > len(names) or set(missing) != set(named):
-        raise TypeError("wrong arguments")
+        raise _ArgumentError(f"takes ({takes})")
     return (*given, *(named[name] for name in missing))
+
+
+def _function(function):
+    """Return a function that the loop is to call, or raise TypeError.
+
+    An async or a generator function would run nothing when it is called.
+    """
+    import inspect  # here: only a program that registers handlers pays for it
+    for called in (function, getattr(function, "__call__", None)):
+        if not callable(called) or any(is_lazy(called) for is_lazy in (
+                inspect.iscoroutinefunction, inspect.isgeneratorfunction,
+                inspect.isasyncgenfunction)):
+            raise TypeError("a plain function is needed, not"
+                            f" {reprlib.repr(function)}")
+    return function
 
 
 def _payload(payload):
@@ -310,27 +321,63 @@ def _payload(payload):
     return bytes(payload)
 
 
+def _printable(text):
+    """Return a text of the peer's for a detail: it may end at a terminal."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1]
+                   for char in text)
+
+
 _ADDRESS = re.compile(
     r"(?:(?P<scheme>sips?):(?:[^@]*@)?)?"
     r"(?:\[(?P<v6>[^\[\]]+)\]|(?P<host>[^\[\]:;?@\s]+))"
     r"(?::(?P<port>[0-9]{1,5}))?"
-    r"(?(scheme)(?:[;?].*)?)", re.IGNORECASE | re.ASCII | re.DOTALL)
+    r"(?(scheme)(?P<parameters>;[^?]*)?(?:\?.*)?)",
+    re.IGNORECASE | re.ASCII | re.DOTALL)
+
+#: Per scheme and transport of a URI: the protos of connections that will do,
+#: None for all, and the default port (RFC 3261, 19.1.2; RFC 7118).
+_TRANSPORTS = {
+    "sip": (None, 5060), "sips": (("tls", "wss"), 5061),
+    "sip;transport=tcp": (("tcp",), 5060),
+    "sip;transport=ws": (("ws",), 80),
+    **dict.fromkeys(("sip;transport=tls", "sips;transport=tls",
+                     "sips;transport=tcp"), (("tls",), 5061)),
+    **dict.fromkeys(("sip;transport=wss", "sips;transport=wss",
+                     "sips;transport=ws"), (("wss",), 443)),
+}
+
+
+def _parse_uri(address, lowest_port=1):
+    """Return (host, port, protos or None) of an address.
+
+    A URI that asks for TLS, or for a way that is not ours, must not be served
+    by another one: it is refused.
+    """
+    match = isinstance(address, str) and _ADDRESS.fullmatch(address)
+    if match:
+        parameters = re.sub(
+            "%([0-9a-fA-F]{2})", lambda escape: chr(int(escape[1], 16)),
+            match["parameters"] or "").lower()
+        named = re.findall(r";((?:transport|maddr)\b[^;]*)",
+                           re.sub(r"\s", "", parameters))
+        protos, port = _TRANSPORTS.get(
+            ";".join(((match["scheme"] or "sip").lower(), *named)), ((), None))
+        port = -1 if port is None else int(match["port"] or port)
+        if lowest_port <= port <= 65535:
+            return match["v6"] or match["host"], port, protos
+    raise _ArgumentError(
+        "address must be HOST:PORT, [V6]:PORT or a SIP URI (transport tcp,"
+        f" tls, ws or wss; no maddr), not {reprlib.repr(address)}")
 
 
 def parse_address(address, lowest_port=1):
     """Return (host, port) of "host:port", "[v6]:port" or a sip: or sips: URI.
 
-    The port defaults to 5060, for sips: to 5061 (RFC 3261, 19.1.2).  Raises
-    ValueError for anything else.
+    The port defaults to 5060, with TLS to 5061 (RFC 3261, 19.1.2).  Raises
+    ValueError for anything else, and for a transport or maddr that is not
+    ours to serve.
     """
-    match = isinstance(address, str) and _ADDRESS.fullmatch(address)
-    if match:
-        sips = (match["scheme"] or "").lower() == "sips"
-        port = int(match["port"] or (5061 if sips else 5060))
-        if lowest_port <= port <= 65535:
-            return match["v6"] or match["host"], port
-    raise ValueError("address must be HOST:PORT, [V6]:PORT or a SIP URI,"
-                     f" not {reprlib.repr(address)}")
+    return _parse_uri(address, lowest_port)[:2]
 
 
 def _format_address(address):
@@ -347,30 +394,83 @@ def _resolve(host, port, passive=False):
     """
     port = _number(port, "port", 0, 65535, whole=True)
     flags = socket.AI_PASSIVE if passive else 0
-    found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM,
-                               flags=flags)
+    if isinstance(host, str) and re.search(r"[\0-\x20\x7f]", host):
+        # A NUL would cut the name short, a CR LF end a line of a request.
+        raise _ArgumentError(f"no host name: {reprlib.repr(host)}")
+    try:
+        found = socket.getaddrinfo(host or None, port,
+                                   type=socket.SOCK_STREAM, flags=flags)
+    except UnicodeError as error:
+        raise _ArgumentError(
+            f"no host name: {reprlib.repr(host)} ({error})") from None
     return [(family, address) for family, _, _, _, address in found]
+
+
+def _peer_key(address):
+    """Return (host, port) of a peer: a link-local address means something
+    only together with its zone (RFC 4007, 6).
+    """
+    if len(address) == 2 or not address[3]:
+        return address[:2]
+    zone = address[3]
+    with contextlib.suppress(OSError):  # the link has gone
+        zone = socket.if_indextoname(zone)
+    return f"{address[0].partition('%')[0]}%{zone}", address[1]
+
+
+# What code of the program's raises is logged, and costs its own connection at
+# most.  A signal handler of the program's may run inside a system call of ours
+# too: what it raises there is no error of the socket.
+
+
+def _program_error(error):
+    """Return what code of the program's has raised, unless it is to leave."""
+    if isinstance(error, (SystemExit, KeyboardInterrupt)):
+        raise error
+    return error
+
+
+def _is_signal(error):
+    """Say whether a signal handler has raised an error: it was given the frame
+    that it interrupted, so its own frame holds the one that it returns to.
+    """
+    trace = error.__traceback__
+    while trace is not None:
+        frame = trace.tb_frame
+        for value in frame.f_locals.values():
+            held = value if isinstance(value, tuple) else (value,)
+            if any(item is frame.f_back is not None for item in held):
+                return True
+        trace = trace.tb_next
+    return False
+
+
+def _system_error(error):
+    """Return what a system call of ours has raised, or raise it again."""
+    if error.__traceback__.tb_next is not None and _is_signal(error):
+        raise error
+    return error
 
 # ---------------------------------------------------------------------------
 # 4. Deadlines
 #
-# Nearly every deadline is put off before it comes up: a lifetime is renewed
-# by each message.  So activity must cost nothing here.  It stores a number on
-# the connection and leaves the heap alone; an entry that comes up early is
-# pushed back to where it belongs.  Only a deadline that is *shortened* pushes
-# an entry at once, and the old one is recognised by its time, which is no
-# longer the owner's.  One heap serves lifetime, keepalive, connect, send and
-# message: each owner has one live entry, its earliest.
+# Nearly every deadline is put off before it fires: each message renews a
+# lifetime.  So activity must cost nothing here.  It stores a number on the
+# connection and leaves the heap alone; an entry that fires early is pushed
+# back to where it belongs.  Only a deadline that is *shortened* pushes an
+# entry at once, and the old entry is recognised by its time, which is no
+# longer the owner's.  One heap serves deadlines of every kind: each owner has
+# one live entry, its earliest.
 #
 # Time is an argument.  Nothing here reads a clock.
 # ---------------------------------------------------------------------------
 
 
 class Deadlines:
-    """A heap of wake-ups, one live entry for each owner.
+    """A heap of deadlines, one live entry for each owner.
 
-    An owner has a conid, which breaks ties, and a wake, the time of its live
-    entry, NEVER if it has none; wake belongs to this class alone.
+    An owner has a conid, which breaks ties, and wake, the time of its live
+    entry or NEVER.  Only this class sets wake.
     """
 
     def __init__(self):
@@ -381,14 +481,13 @@ class Deadlines:
         return len(self._heap)
 
     def arm(self, owner, when):
-        """See to it that the owner comes up at that time at the latest."""
-        if when >= owner.wake:
-            return
-        if owner.wake == NEVER:
-            self._live += 1
-        owner.wake = when
-        heapq.heappush(self._heap, (when, owner.conid, owner))
-        self._prune()
+        """Make sure the owner fires no later than `when`."""
+        if when < owner.wake:
+            if owner.wake == NEVER:
+                self._live += 1
+            owner.wake = when
+            heapq.heappush(self._heap, (when, owner.conid, owner))
+            self._prune()
 
     def disarm(self, owner):
         """Forget the owner's entry."""
@@ -405,7 +504,7 @@ class Deadlines:
         return heap[0][0] if heap else NEVER
 
     def pop(self, now):
-        """Take out and return an owner whose time has come, or None."""
+        """Remove and return an owner whose deadline has passed, or None."""
         if self.next() > now:
             return None
         owner = heapq.heappop(self._heap)[2]
@@ -416,8 +515,8 @@ class Deadlines:
     def _prune(self):
         """Keep the heap a small multiple of its live entries."""
         # Linear, but only after as many pushes or ends as there are entries.
-        # A set, since an owner put back to the very time of a stale entry of
-        # its own would otherwise have two live ones.
+        # A set: an owner armed again for the time of its own stale entry
+        # would otherwise have two live ones.
         if len(self._heap) > 2 * self._live + 8 or not self._live:
             self._heap = list({entry for entry in self._heap
                                if entry[0] == entry[2].wake})
@@ -426,12 +525,11 @@ class Deadlines:
 # ---------------------------------------------------------------------------
 # 5. Keepalive
 #
-# The kernel does the probing.  But it does not probe while data of ours is
-# unacknowledged: a peer that vanishes with data in flight stays "alive" for
-# the 15 minutes that retransmission goes on (tcp_retries2).  TCP_USER_TIMEOUT
-# would end that and break something else, for it kills a living peer that
-# keeps its window shut.  So the loop keeps a deadline beside the kernel's and
-# asks TCP_INFO when it comes up: is_dead() below.
+# The kernel does the probing, but not while data of ours is unacknowledged: a
+# peer that vanishes with data in flight stays "alive" for the 15 minutes of
+# retransmission (tcp_retries2).  TCP_USER_TIMEOUT would end that, but it also
+# kills a living peer that keeps its window shut.  So the loop keeps a deadline
+# beside the kernel's and asks TCP_INFO when it fires: is_dead() below.
 # ---------------------------------------------------------------------------
 
 
@@ -448,19 +546,17 @@ class Keepalive(NamedTuple):
         return self.idle + self.count * self.interval
 
 
-#: Each setting and the names of its option; macOS has a name of its own for
-#: the first.  Linux takes 1 to 32767 seconds, 1 to 127 probes.
-_KEEPALIVE_OPTIONS = (
-    ("idle", ("TCP_KEEPIDLE", "TCP_KEEPALIVE")),
-    ("count", ("TCP_KEEPCNT",)),
-    ("interval", ("TCP_KEEPINTVL",)),
-)
+#: Each setting and the names of its option: macOS has its own for the first.
+#: Linux takes 1 to 32767 seconds, 1 to 127 probes.
+_KEEPALIVE_OPTIONS = {"idle": ("TCP_KEEPIDLE", "TCP_KEEPALIVE"),
+                      "count": ("TCP_KEEPCNT",),
+                      "interval": ("TCP_KEEPINTVL",)}
 
 
 def _keepalive_options():
     """Return [(setting, option's name, option)], OSError if one is missing."""
     options = []
-    for setting, names in _KEEPALIVE_OPTIONS:
+    for setting, names in _KEEPALIVE_OPTIONS.items():
         name = next((name for name in names if hasattr(socket, name)), None)
         if name is None:
             raise OSError(errno.ENOPROTOOPT,
@@ -470,15 +566,19 @@ def _keepalive_options():
 
 
 def get_keepalive(sock):
-    """Return the Keepalive that the kernel has for a socket, None if off."""
-    if not sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE):
+    """Return the Keepalive of a socket, None if it has none."""
+    try:
+        if not sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE):
+            return None
+        return Keepalive(*(sock.getsockopt(socket.IPPROTO_TCP, option)
+                           for _, _, option in _keepalive_options()))
+    except OSError as error:  # closed by now, or no such option
+        _system_error(error)
         return None
-    return Keepalive(*(sock.getsockopt(socket.IPPROTO_TCP, option)
-                       for _, _, option in _keepalive_options()))
 
 
 def set_keepalive(sock, keepalive):
-    """Turn keepalive on; all settings or, with OSError, none."""
+    """Turn keepalive on with all settings, or raise OSError with none set."""
     options = _keepalive_options()
     before = [sock.getsockopt(socket.IPPROTO_TCP, option)
               for _, _, option in options]
@@ -486,6 +586,7 @@ def set_keepalive(sock, keepalive):
         try:
             sock.setsockopt(socket.IPPROTO_TCP, option, value)
         except (OSError, TypeError) as error:  # TypeError: no C int
+            _system_error(error)
             for (_, _, undo), old in zip(options, before):
                 sock.setsockopt(socket.IPPROTO_TCP, undo, old)
             raise OSError(
@@ -495,12 +596,12 @@ def set_keepalive(sock, keepalive):
 
 
 def clear_keepalive(sock):
-    """Turn keepalive off; the settings stay in the socket, unused."""
+    """Turn keepalive off; the socket keeps the settings, unused."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 0)
 
 
 class TcpInfo(NamedTuple):
-    """What is used of Linux' struct tcp_info."""
+    """The part of Linux' struct tcp_info that is used here."""
 
     state: int       #: as in include/net/tcp_states.h
     unanswered: int  #: retransmissions or window probes with no answer yet
@@ -512,35 +613,36 @@ class TcpInfo(NamedTuple):
 # 13th tcpi_last_ack_recv, in milliseconds.
 _TCP_INFO = struct.Struct("=B x B B 4x 44x I I")
 _TCP_SYN_SENT = 2
-_TCP_CLOSE = 7
-#: No byte can come any more: TIME_WAIT, CLOSE, CLOSE_WAIT, LAST_ACK, CLOSING.
+#: Where an error is final: SYN_SENT (the kernel may try again after an ICMP
+#: error, but connect() has failed), CLOSE, and a state that is not known.
+_TCP_FAILED = (_TCP_SYN_SENT, 7, None)
+#: No byte can follow: TIME_WAIT, CLOSE, CLOSE_WAIT, LAST_ACK, CLOSING.
 _TCP_ENDED = (6, 7, 8, 9, 11)
 
 
 def tcp_info(sock):
-    """Return the TcpInfo of a socket, None where there is no such thing."""
-    # The BSDs have an option of this name with other fields behind it.
+    """Return the TcpInfo of a socket, None where there is none."""
     if not sys.platform.startswith("linux"):
-        return None  # pragma: no cover (no struct tcp_info as on Linux)
+        return None  # pragma: no cover (TCP_INFO has other fields on BSDs)
     try:
         raw = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO,
                               _TCP_INFO.size)
         state, retransmits, probes, data, ack = _TCP_INFO.unpack(raw)
-    except (OSError, struct.error):  # not TCP, or not open any more
+    except (OSError, struct.error) as error:  # not TCP, or closed by now
+        _system_error(error)
         return None
     return TcpInfo(state, max(retransmits, probes), min(data, ack) / 1000)
 
 
 def is_dead(info, limit, suspected):
-    """Say whether a peer that has been asked something has vanished.
+    """Return whether a peer that owes an answer has vanished.
 
     Silence alone proves nothing: the kernel probes a shut window at growing
-    intervals, so a living peer can be silent for longer than the limit with
-    nothing asked of it.  Two transmissions without an answer do, or one that
-    has had an interval to be answered (suspected).
+    intervals, so a living peer that owes nothing can be silent for longer than
+    the limit.  Proof is two transmissions without an answer, or one that has
+    had an interval to be answered (suspected).
     """
-    return info.silence >= limit and (
-        info.unanswered >= 2 or (info.unanswered == 1 and suspected))
+    return info.silence >= limit and info.unanswered >= (1 if suspected else 2)
 
 # ---------------------------------------------------------------------------
 # 6. Probing a socket
@@ -548,33 +650,33 @@ def is_dead(info, limit, suspected):
 # Some facts about SO_ERROR and MSG_PEEK, each of which decides a line below
 # (Linux; the test suite shows them):
 #
-# - SO_ERROR is read and clear.  After an RST the first read says ECONNRESET,
+# - Reading SO_ERROR clears it.  After an RST the first read says ECONNRESET,
 #   the second 0, and recv() then says a clean EOF.  A MSG_PEEK that raises
-#   consumes the error too.  So whoever probes must remember what he found.
-# - MSG_PEEK cannot see past unread bytes.  Behind them FIN is invisible, and
+#   consumes the error too.  So the prober must remember the result.
+# - MSG_PEEK cannot see past unread bytes: it shows no FIN behind them, and
 #   after an RST it still returns the data.  So SO_ERROR is asked first, and
 #   where bytes are waiting TCP_INFO says whether the peer has sent FIN.
-# - An RST that follows a FIN is EPIPE, not ECONNRESET: the kernel knows.
-# - SO_ERROR also returns, and clears, an ICMP error that the kernel only keeps
-#   in mind (EHOSTUNREACH, say) while it goes on trying: a connection that has
-#   not been closed by its error is alive.
+# - An RST that follows a FIN is EPIPE, not ECONNRESET.
+# - SO_ERROR also returns, and clears, an ICMP error (EHOSTUNREACH, say) that
+#   the kernel has only noted while it goes on trying: the connection is alive
+#   unless the error has closed it.
 # - A socket that is still connecting looks quiet (EAGAIN), like a good one.
 # - recv() on a listener, and on a socket never connected, says ENOTCONN.
 # ---------------------------------------------------------------------------
 
-# An SSLSocket refuses flags, the plain socket's method works on any socket.
+# An SSLSocket refuses flags; the plain socket's method works on any socket.
 _recv = socket.socket.recv
 # MSG_DONTWAIT: the socket may be a blocking one.  0 where there is none.
 _PEEK = socket.MSG_PEEK | getattr(socket, "MSG_DONTWAIT", 0)
 _SOL_SOCKET, _SO_ERROR = socket.SOL_SOCKET, socket.SO_ERROR
-# What a probe meets where there is no connected socket behind a descriptor.
+# A descriptor without a connected socket behind it.
 _NO_SOCKET = (errno.EBADF, errno.ENOTSOCK, errno.ENOTCONN)
 
 
-def _is_soft(sock):
-    """Say whether a socket lives in spite of the error that it carries."""
+def _tcp_state(sock):
+    """Return the state that TCP_INFO gives a socket, None if it gives none."""
     info = tcp_info(sock)
-    return info is not None and info.state != _TCP_CLOSE
+    return info.state if info else None
 
 
 def _look(sock):
@@ -585,19 +687,18 @@ def _look(sock):
     soft = None
     try:
         number = sock.getsockopt(_SOL_SOCKET, _SO_ERROR)
-        if number and _is_soft(sock):
+        if number and _tcp_state(sock) not in _TCP_FAILED:
             soft, number = number, 0
         if not number:
             if not _recv(sock, 1, _PEEK):
                 return _EOF, None, False
-            info = tcp_info(sock)
-            if info is not None and info.state in _TCP_ENDED:
+            if _tcp_state(sock) in _TCP_ENDED:
                 return _EOF, None, True
             return _OK, soft, True
-    except (BlockingIOError, InterruptedError):
-        return _OK, soft, False
     except OSError as error:
-        number = error.errno
+        number = _system_error(error).errno
+        if isinstance(error, (BlockingIOError, InterruptedError)):
+            return _OK, soft, False
     if number == errno.EPIPE:
         return State.EOF, number, False
     if number in _NO_SOCKET:
@@ -606,12 +707,12 @@ def _look(sock):
 
 
 def probe(sock):
-    """Say what state any TCP socket is in, without a loop.  Spec: 3.2.
+    """Return (State, errno or None) of any TCP socket.  Spec: 3.2.
 
-    Returns (State, errno or None), and never blocks or raises on the state of
-    the socket.  OK with an errno: an ICMP error has come, and the kernel goes
-    on trying.  Reading the error clears it, so a second probe of a failed
-    socket finds less than the first; TcpOps remembers, this cannot.
+    Needs no loop, and never blocks or raises because of the socket's state.
+    OK with an errno: an ICMP error has come, and the kernel goes on trying.
+    Reading an error clears it, so a second probe of a failed socket finds
+    less than the first; TcpOps remembers, this cannot.
     """
     timeout = sock.gettimeout()
     if timeout and sock.fileno() >= 0:
@@ -622,32 +723,30 @@ def probe(sock):
         finally:
             sock.settimeout(timeout)
     state, number, _ = _look(sock)
-    if state is State.BAD and number == errno.ENOTCONN:
-        if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-            return State.ACCEPT, None
-    elif state is State.OK:
-        info = tcp_info(sock)
-        if info is not None and info.state == _TCP_SYN_SENT:
-            return State.CONNECT, None
+    if number == errno.ENOTCONN and sock.getsockopt(
+            socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        return State.ACCEPT, None
+    if state is State.OK and _tcp_state(sock) == _TCP_SYN_SENT:
+        return State.CONNECT, None
     return state, number
 
 # ---------------------------------------------------------------------------
 # 7. Messages and framings
 #
 # A framing turns bytes into payloads and payloads into bytes.  It touches no
-# socket, reads no clock and calls no handler, so that it can be tested by
-# feeding it, and so that the loop treats every protocol alike.  The loop
-# pulls payloads one by one: when a connection may not send any more, or a
-# handler closes it, the rest waits in the framing and nothing is lost.
+# socket, reads no clock and calls no handler: a test only has to feed it
+# bytes, and the loop treats every protocol alike.  The loop pulls payloads
+# one by one: when a connection may no longer send, or a handler closes it,
+# the rest waits in the framing and nothing is lost.
 # ---------------------------------------------------------------------------
 
 
 class Message:
-    """What request_route and onreply_route are called with."""
+    """The argument of a handler of request_route or onreply_route."""
 
     __slots__ = ("_loop", "_conn", "data")
 
-    #: The string of a text message (of a WebSocket), None for bytes.
+    #: The string of a WebSocket's text message, None for bytes.
     text = None
 
     def __init__(self, loop, conn, data):
@@ -657,18 +756,16 @@ class Message:
 
     @property
     def framing(self):
-        """The framing's instance of this connection, None for raw."""
+        """The connection's Framing, None for raw."""
         layer = self._conn.layer
         return getattr(layer, "inner", layer)
 
     @property
     def tls(self):
-        """The ssl.SSLObject of this connection, None without TLS: its
-        getpeercert(), version() and cipher() tell who and how.
-        """
+        """The SSLObject, for getpeercert() and so on; None without TLS."""
         return getattr(self._conn.layer, "tls", None)
 
-    #: The connection that the message came from, see Event for the names.
+    #: The connection that the message came on; see Event for the names.
     conid = property(lambda self: self._conn.conid)
     proto = property(lambda self: self._conn.proto)
     si = property(lambda self: self._conn.peer[0])
@@ -680,9 +777,8 @@ class Message:
     def is_reply(self):
         """Whether onreply_route, if there is one, gets this message.
 
-        Plain bytes do not say whether they ask or answer: what comes in on a
-        connection that we opened is taken for an answer.  A framing whose
-        messages know better has a subclass of its own.
+        Plain bytes do not show it: they count as a reply on a connection that
+        we opened.  A framing that knows better has a subclass of Message.
         """
         return self._conn.origin == "connect"
 
@@ -692,10 +788,7 @@ class Message:
         return self.data if self.text is None else self.text
 
     def reply(self, payload):
-        """Send payload on the connection that the message came from.
-
-        Returns a Result, see TcpOps.send.
-        """
+        """Send payload on the message's connection, as TcpOps.send does."""
         return self._loop._send_on(self._conn, payload)
 
     def __repr__(self):
@@ -704,81 +797,70 @@ class Message:
 
 
 class TextMessage(Message):
-    """A message of a framing that tells text from bytes."""
+    """A message of a framing that distinguishes text from bytes."""
 
     __slots__ = ("text",)
 
     def __init__(self, loop, conn, payload):
-        self.text = payload if isinstance(payload, str) else None
-        super().__init__(loop, conn, payload if self.text is None
-                         else payload.encode())
+        text = isinstance(payload, str)
+        self.text = payload if text else None
+        super().__init__(loop, conn, payload.encode() if text else payload)
 
 
 class ProtocolError(Exception):
-    """Raised by a framing: the peer broke the protocol.
-
-    The connection ends with the reason "protocol" and the text as detail.
-    """
+    """Raised by a framing: reason "protocol", with the text as detail."""
 
 
-#: What next_message returns when it has taken something that is no message.
+#: What next_message returns when it has taken bytes that are no message.
 SKIPPED = object()
 
 
 class Framing:
-    """The base of a framing, and the way to write one of your own.
+    """The base of every framing, yours included.
 
     Pass the class to listen, connect or attach; each connection gets an
-    instance.  To be filled in: next_message and encode.  buffer holds what
-    has been received and not yet returned; what a framing has to say by
-    itself it appends to output.  A framing with a handshake has more to fill
-    in: opened is False until that is done (the connection is not usable, and
-    tcp:opened not told, before).
+    instance.  Override next_message and encode.  While opened is False (a
+    handshake), the connection is not usable and tcp:opened not reported.
     """
 
-    proto = "tcp"      #: what the proto of its connections is
-    message = Message  #: the class of its messages; read when it is open
-    opened = True      #: False while a handshake is under way
-    handshake = "handshake"  #: what that is called
-    #: Set to a few words when the peer has ended the stream in the protocol's
-    #: own way: it is as if its FIN had come.
+    proto = "tcp"      #: the proto of its connections
+    message = Message  #: the class of its messages; read once it is open
+    opened = True      #: False during a handshake
+    handshake = "handshake"  #: its name
+    #: The end's detail, once the peer has ended the stream in the protocol's
+    #: own way, which counts as its FIN.
     closed = None
-    #: True once nothing more can be sent: send() and reply() refuse then.
-    mute = False
+    mute = False  #: True once nothing more can be sent: send() then refuses
     #: True between the parts of a message, if something else may come there:
-    #: SKIPPED then gives that message no new time.
+    #: SKIPPED then does not extend that message's time.
     amid = False
 
     def __init__(self, max_message, client):
-        self.max_message = max_message  #: bytes; refuse what is longer
+        self.max_message = max_message  #: bytes; refuse a longer message
         self.client = client            #: True on a connection that we opened
-        self.buffer = bytearray()
-        self.output = bytearray()
+        self.buffer = bytearray()  #: bytes received and not yet returned
+        self.output = bytearray()  #: append here what the protocol sends
 
     def begin(self, host):
-        """The connection stands; host is the "host:port" given to connect.
+        """Append the protocol's opening bytes, if any, to output.
 
-        Here a framing says what it says first.
+        Called once connected; host is the "host:port" given to connect.
         """
 
     def receive(self, data):
-        """Take what came from the peer."""
+        """Take bytes from the peer."""
         self.buffer += data
 
     def next_message(self):
         """Return the next payload, or None: more bytes are needed.
 
-        SKIPPED: something was taken that is no message, ask again.  A payload
-        is bytes, or str where message is a TextMessage.  Raises
-        ProtocolError.
+        A payload is bytes, or str for a TextMessage.  SKIPPED: it took bytes
+        that are no message; call again.  May raise ProtocolError.
         """
         raise NotImplementedError
 
     def finish(self):
-        """Return the payload that the peer's FIN completes, or None.
-
-        Raises ProtocolError if it comes where it must not.
-        """
+        """Return what the FIN completes, or None.  May raise ProtocolError."""
         return None
 
     @property
@@ -787,37 +869,28 @@ class Framing:
         return bool(self.buffer)
 
     def encode(self, payload):
-        """Return the bytes that send a payload, which is bytes."""
+        """Return the bytes that send a payload of bytes."""
         raise NotImplementedError
 
     def encode_text(self, text):
-        """Return the bytes that send a text: those of its UTF-8."""
+        """Return the bytes that send a text, here as UTF-8."""
         return self.encode(text.encode())
 
     def farewell(self, reason):
-        """Return what is to be sent before we close, for one of REASONS.
-
-        May be asked more than once, and answers b"" then.
-        """
+        """Return the last bytes to send, for one of REASONS; b"" next time."""
         return b""
 
 
 class RawFraming(Framing):
-    """A message is what there is: the "raw" of a connection under TLS.
+    """The "raw" of TLS: a message is what has come.  TCP needs none."""
 
-    Without TLS "raw" needs no framing, what recv() returns is the message.
-    """
+    partial = False  #: no message is ever incomplete
 
     def next_message(self):
-        """Return what has been received, max_message at the most, or None."""
+        """Return the bytes received, max_message at the most, or None."""
         data = bytes(self.buffer[:self.max_message])
         del self.buffer[:len(data)]
         return data or None
-
-    @property
-    def partial(self):
-        """Nothing is ever incomplete."""
-        return False
 
     def encode(self, payload):
         """Return payload as it is."""
@@ -825,18 +898,14 @@ class RawFraming(Framing):
 
 
 class LineFraming(Framing):
-    """A message is a line, without its LF or CR LF.
-
-    What is sent gets a LF unless it ends with one.  A last line without LF is
-    a message too, once the peer has sent FIN.
-    """
+    """A message is a line, without its LF or CR LF."""
 
     def __init__(self, max_message, client):
         super().__init__(max_message, client)
         self._searched = 0  # a line that drips in is not searched anew
 
     def next_message(self):
-        """Return the next line, or None.  Raises ProtocolError: too long."""
+        """Return the next line, or None.  ProtocolError: it is too long."""
         end = self.buffer.find(b"\n", self._searched)
         length = len(self.buffer) if end < 0 else end
         limit = self.max_message
@@ -851,22 +920,21 @@ class LineFraming(Framing):
         return line[:-1] if line.endswith(b"\r") else line
 
     def finish(self):
-        """Return the last line, which has no LF, or None."""
+        """Return the last line, which needs no LF, or None."""
         line = bytes(self.buffer)
         self.buffer.clear()
         return line or None
 
     def encode(self, payload):
-        """Return payload, with a LF at its end."""
+        """Return payload, with a LF added unless it ends with one."""
         return payload if payload.endswith(b"\n") else payload + b"\n"
 
 # ---------------------------------------------------------------------------
 # 8. SIP over a stream
 #
-# Not a SIP stack: where a message ends (RFC 3261, 18.3), and a look at its
-# headers.  A start line has to speak of SIP, and is not judged otherwise, so
-# that a request which nobody understands does not cost those that follow it
-# on the same connection.
+# Not a SIP stack: where a message ends (RFC 3261, 18.3), and access to its
+# headers.  A start line must name SIP and is not judged otherwise, so that a
+# request which no one understands does not cost the ones behind it.
 # ---------------------------------------------------------------------------
 
 _FOLD = re.compile(rb"\r\n[ \t]+")
@@ -875,8 +943,8 @@ _FOLD = re.compile(rb"\r\n[ \t]+")
 def _parse_head(head):
     """Return (start line, [(name, value), ...]) of a SIP or HTTP head.
 
-    Folded values are unfolded, names are in lower case, bytes that are no
-    UTF-8 become U+FFFD, and a line without a colon is left out.
+    Values are unfolded, names in lower case, bytes that are not UTF-8 become
+    U+FFFD, and a line without a colon is left out.
     """
     lines = _FOLD.sub(b" ", head).decode("utf-8", "replace").split("\r\n")
     fields = (line.partition(":") for line in lines[1:])
@@ -884,22 +952,14 @@ def _parse_head(head):
                       for name, colon, value in fields if colon]
 
 
-def _printable(text):
-    """Return a text of the peer's for a detail: it may end at a terminal."""
-    return "".join(char if char.isprintable() else repr(char)[1:-1]
-                   for char in text)
-
-
 def _check_printable(buffer, protocol):
-    """Raise ProtocolError if no text begins here, as with TLS: at once, since
-    the end of a head might never come.
-    """
+    """Raise if no text begins here: the end of a head might never come."""
     if buffer and not 0x20 < buffer[0] < 0x7F:
-        raise ProtocolError(f"this is not {protocol}" + (
-            " (TLS on a port without it?)" if buffer[0] == 0x16 else ""))
+        hint = " (TLS on a port without it?)" if buffer[0] == 0x16 else ""
+        raise ProtocolError(f"this is not {protocol}{hint}")
 
 
-#: The compact names of RFC 3261, 7.3.3 and of those registered since.
+#: The compact names of RFC 3261, 7.3.3, and those registered since.
 _COMPACT = {
     "a": "accept-contact", "b": "referred-by", "c": "content-type",
     "d": "request-disposition", "e": "content-encoding", "f": "from",
@@ -911,31 +971,26 @@ _COMPACT = {
 
 
 class SipMessage(TextMessage):
-    """A SIP message; its headers are looked at when they are asked for."""
+    """A SIP message; its head is parsed when first asked for."""
 
     __slots__ = ("_head",)
 
     def _parsed(self):
         """Return (the start line's three parts, header fields, body)."""
-        try:
-            return self._head
-        except AttributeError:
-            pass
-        head, _, body = self.data.partition(b"\r\n\r\n")
-        start, fields = _parse_head(head)
-        first, _, rest = start.partition(" ")
-        if first.upper().startswith("SIP/"):
-            second, _, third = rest.partition(" ")
-        else:
-            second, _, third = rest.rpartition(" ")
-        self._head = (first, second.strip(), third.strip()), [
-            (_COMPACT.get(name, name), value) for name, value in fields], body
+        if not hasattr(self, "_head"):
+            head, _, body = self.data.partition(b"\r\n\r\n")
+            start, fields = _parse_head(head)
+            first, _, rest = start.partition(" ")
+            second, _, third = (rest.partition(" ") if self.is_reply
+                                else rest.rpartition(" "))
+            fields = [(_COMPACT.get(name, name), value)
+                      for name, value in fields]
+            self._head = (first, second.strip(), third.strip()), fields, body
         return self._head
 
     @property
     def is_reply(self):
-        """Whether it is a response: onreply_route, if there is one, gets it.
-        """
+        """Whether it is a response."""
         return self.data[:4].upper() == b"SIP/"
 
     @property
@@ -950,9 +1005,7 @@ class SipMessage(TextMessage):
 
     @property
     def status(self):
-        """The status code of a response; None for a request, and for a
-        response whose code is not one of three digits.
-        """
+        """The status code of a response if it is three digits, else None."""
         code = re.fullmatch("[0-9]{3}", self._parsed()[0][1])
         return int(code[0]) if self.is_reply and code else None
 
@@ -964,11 +1017,10 @@ class SipMessage(TextMessage):
     def headers(self, name):
         """Return the values of all header fields of that name, in order.
 
-        The name in any case, long or compact.  A value is what stands behind
-        the colon, unfolded; lists with commas are not taken apart.
+        The name may be in any case, long or compact.  A value is unfolded; a
+        list with commas is not split.
         """
-        name = name.lower()
-        name = _COMPACT.get(name, name)
+        name = _COMPACT.get(name.lower(), name.lower())
         return [value for field, value in self._parsed()[1] if field == name]
 
     def header(self, name):
@@ -977,7 +1029,7 @@ class SipMessage(TextMessage):
 
     @property
     def body(self):
-        """The bytes behind the headers."""
+        """The bytes after the headers."""
         return self._parsed()[2]
 
 
@@ -992,10 +1044,9 @@ _START = re.compile(rb"(?:[^\r\n]*[ \t])?SIP/", re.IGNORECASE)
 class SipFraming(Framing):
     """SIP messages, by their Content-Length (RFC 3261, 18.3).
 
-    CR LF before a message is skipped, two of them are a keepalive that is
-    answered by one (RFC 5626, 3.5.1).  Without a Content-Length, or with
-    several that differ, nobody knows where the next message begins: that
-    ends the connection.
+    CR LF before a message is skipped; two of them are a keepalive, answered
+    by one (RFC 5626, 3.5.1).  Without a Content-Length, or with several that
+    differ, no one knows where the next message begins: ProtocolError.
     """
 
     message = SipMessage
@@ -1004,23 +1055,20 @@ class SipFraming(Framing):
         super().__init__(max_message, client)
         self._half = 0      # CR LFs that wait for their second one
         self._searched = 0  # a head that drips in is not searched anew
-        self._length = 0    # of the message, once its head has come
+        self._length = 0    # of the message, 0 until its head is complete
 
     def next_message(self):
         """Return the next message, or None.  Raises ProtocolError."""
-        buffer = self.buffer
-        if not self._length and not self._find_length():
+        length = self._length or self._find_length()
+        if not length or len(self.buffer) < length:
             return None
-        if len(buffer) < self._length:
-            return None
-        data = bytes(buffer[:self._length])
-        del buffer[:self._length]
+        data = bytes(self.buffer[:length])
+        del self.buffer[:length]
         self._length = 0
         return data
 
     def _find_length(self):
-        """Find out how long the next message is; return whether it is known.
-        """
+        """Return the length of the next message, 0 if not known yet."""
         buffer = self.buffer
         crlfs = _CRLFS.match(buffer)
         if crlfs:
@@ -1035,18 +1083,17 @@ class SipFraming(Framing):
             if not _START.match(buffer):
                 raise ProtocolError("this is not SIP")
             self._half = self._searched = 0
-            self._length = end + 4 + self._content_length(
-                bytes(buffer[:end + 2]))
+            head = bytes(buffer[:end + 2])
+            self._length = end + 4 + self._content_length(head)
         else:
             self._searched = max(0, len(buffer) - 3)
         if max(self._length, self._searched) > self.max_message:
-            raise ProtocolError(
-                f"a message of over {self.max_message} bytes")
+            raise ProtocolError(f"a message of over {self.max_message} bytes")
         return self._length
 
     @staticmethod
     def _content_length(head):
-        """Return the number of bytes that follow a head."""
+        """Return the length of the body that follows a head."""
         if _BARE.search(head):
             raise ProtocolError("a bare CR or LF: lines end with CR LF")
         values = {_FOLD.sub(b" ", value).strip(b" \t")
@@ -1061,39 +1108,33 @@ class SipFraming(Framing):
         return lengths.pop()
 
     def encode(self, payload):
-        """Return payload, which is a whole SIP message, as it is."""
+        """Return payload, a whole SIP message, as it is."""
         return payload
 
 # ---------------------------------------------------------------------------
 # 9. WebSocket
 #
 # RFC 6455: an HTTP request and its answer, then frames.  A frame's payload is
-# taken as it arrives, so that text that is no UTF-8, and a message that will
-# be too long, are refused at their first wrong byte.  What a client sends is
-# masked, what a server sends is not.  No extensions: every reserved bit is
-# wrong.
+# taken as it arrives, so that text that is not UTF-8, and a message that will
+# be too long, are refused at their first wrong byte.  A client masks its
+# frames, a server does not.  No extensions: every reserved bit is wrong.
 # ---------------------------------------------------------------------------
 
 _CONTINUED, _TEXT, _BINARY = 0x0, 0x1, 0x2
 _CLOSE, _PING, _PONG = 0x8, 0x9, 0xA
 _FINAL = _MASKED = 0x80
-#: Bytes of an HTTP request or answer.
-_LONGEST_HEAD = 16384
+_LONGEST_HEAD = 16384  #: bytes of an HTTP request or answer
 _GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
-_HTTP_REASONS = {400: "Bad Request", 403: "Forbidden",
-                 426: "Upgrade Required"}
-
-
-def _is_close_code(code):
-    """Whether a close frame may carry a code (7.4, and IANA's registry)."""
-    return (1000 <= code <= 1014 and code not in (1004, 1005, 1006)
-            or 3000 <= code <= 4999)
+_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+#: In a header's value these would end it, or its line (RFC 9110, 5.5).
+_CONTROLS = re.compile(r"[\0-\x08\x0a-\x1f\x7f]")
+_PHRASES = {400: "Bad Request", 403: "Forbidden", 426: "Upgrade Required"}
+#: The codes that a close frame may carry (7.4, and IANA's registry).
+_CLOSE_CODES = range(1000, 1004), range(1007, 1015), range(3000, 5000)
 
 
 def _xor(data, mask):
-    """Mask or unmask bytes: as two long integers, the fastest way there is
-    in pure Python.
-    """
+    """Mask or unmask bytes, as long integers: the fastest in pure Python."""
     count = len(data)
     repeated = (mask * (count // 4 + 1))[:count]
     return (int.from_bytes(data, "little")
@@ -1104,7 +1145,7 @@ def _accept_key(key):
     """Return the answer to a Sec-WebSocket-Key (4.2.2)."""
     import hashlib  # here: it loads OpenSSL, which nothing else needs
     digest = hashlib.sha1(key.encode() + _GUID).digest()
-    return binascii.b2a_base64(digest, newline=False).decode()
+    return binascii.b2a_base64(digest).decode().strip()
 
 
 def _tokens(value):
@@ -1113,7 +1154,7 @@ def _tokens(value):
 
 
 class _Violation(ProtocolError):
-    """What the peer did wrong, and the code that tells it so."""
+    """What the peer did wrong, and the code for our close frame."""
 
     def __init__(self, code, detail):
         super().__init__(detail)
@@ -1121,11 +1162,10 @@ class _Violation(ProtocolError):
 
 
 class WebSocketFraming(Framing):
-    """WebSocket, both sides of it.
+    """Both sides of a WebSocket.  A subclass may ask for or grant more.
 
     msg.text is a text message's string, msg.data the bytes of any message.
-    To change what it asks for or grants, pass a subclass.  With the
-    subprotocol "sip" (RFC 7118) messages are SipMessages.
+    With the subprotocol "sip" (RFC 7118) messages are SipMessages.
     """
 
     proto = "ws"
@@ -1138,13 +1178,9 @@ class WebSocketFraming(Framing):
 
     def __init__(self, max_message, client):
         super().__init__(max_message, client)
-        if not re.fullmatch(r"[!-~]+", self.path):
-            raise ValueError(f"no path for a WebSocket: {self.path!r}")
-        for names in (self.offers, self.subprotocols):
-            if isinstance(names, str):
-                raise ValueError(f"a tuple is needed, not {names!r}")
+        self._check()
         self.opened = False
-        self.subprotocol = None  #: what was agreed on
+        self.subprotocol = None  #: the one agreed on
         self._key = None         # of a client's handshake
         self._frame = None       # (final, mask) of the frame that comes in
         self._left = 0           # bytes of it that have not come
@@ -1152,24 +1188,38 @@ class WebSocketFraming(Framing):
         self._parts = []         # of that message
         self._tail = b""         # of its text: the beginning of a character
         self._size = 0           # of that message
-        self.mute = False        # a close frame of ours has been sent
+        self.mute = False        # our close frame has been sent
 
     def refuse(self, path, headers):
-        """Return why a client is refused (403), or None: it is welcome.
+        """Return why a client is refused (403), or None to accept it.
 
-        For a subclass, which may look at the Origin, say.  headers are
-        (name in lower case, value) pairs; both are to be had afterwards, too,
-        as path and headers of msg.framing.
+        For a subclass, which may check the Origin, say.  headers are (name in
+        lower case, value) pairs.  msg.framing keeps both, as path and headers.
         """
         return None
 
     # -- the handshake ------------------------------------------------------
 
+    def _check(self):
+        """Raise ValueError for a setting that a request cannot carry."""
+        if not re.fullmatch(r"[!-~]+", self.path):
+            raise ValueError(f"no path for a WebSocket: {self.path!r}")
+        for names in (self.offers, self.subprotocols):
+            if isinstance(names, str):
+                raise ValueError(f"a tuple is needed, not {names!r}")
+            if (not all(map(_TOKEN.fullmatch, names))
+                    or len(set(names)) < len(names)):
+                raise ValueError(
+                    f"subprotocols are different tokens, not {names!r}")
+        for name, value in self.headers:
+            if not _TOKEN.fullmatch(name) or _CONTROLS.search(str(value)):
+                raise ValueError(f"no header field: {name!r}: {value!r}")
+
     def begin(self, host):
-        """As a client, ask."""
+        """Queue a client's request."""
         if self.client:
-            self._key = binascii.b2a_base64(
-                os.urandom(16), newline=False).decode()
+            self._check()  # a subclass may have set them after __init__
+            self._key = binascii.b2a_base64(os.urandom(16)).decode().strip()
             self._say_http(f"GET {self.path} HTTP/1.1", {
                 "Host": host, "Upgrade": "websocket", "Connection": "Upgrade",
                 "Sec-WebSocket-Key": self._key, "Sec-WebSocket-Version": "13",
@@ -1185,8 +1235,11 @@ class WebSocketFraming(Framing):
         """Read the other side's half of the handshake, if it is complete."""
         _check_printable(self.buffer, "HTTP")
         end = self.buffer.find(b"\r\n\r\n")
-        too_long = (len(self.buffer) if end < 0 else end) > _LONGEST_HEAD
-        if end < 0 and not too_long:
+        if (len(self.buffer) if end < 0 else end) > _LONGEST_HEAD:
+            if self.client:
+                raise ProtocolError("the answer's headers have no end")
+            self._refuse(400, "the headers are too long")
+        if end < 0:
             return
         start, fields = _parse_head(bytes(self.buffer[:end]))
         del self.buffer[:end + 4]
@@ -1195,53 +1248,34 @@ class WebSocketFraming(Framing):
             headers[name] = (f"{headers[name]}, {value}" if name in headers
                              else value)
         if self.client:
-            if too_long:
-                raise ProtocolError("the answer's headers have no end")
             self._check_answer(start, headers)
         else:
-            refusal = ((400, "the headers are too long") if too_long
-                       else self._check_request(start, headers, fields))
-            if refusal:
-                self._refuse(*refusal)
-            self._grant(headers)
+            self._answer(start, headers, fields)
         self.opened = True
 
-    def _check_request(self, start, headers, fields):
-        """Return (status, reason) for a refusal, None if all is well.
-
-        RFC 6455, 4.2.1.
-        """
+    def _answer(self, start, headers, fields):
+        """Refuse or grant a client's request.  RFC 6455, 4.2."""
         match = re.fullmatch(r"(\S+) (\S+) HTTP/([0-9]\.[0-9])", start)
         if not match or match[3] < "1.1":
-            return 400, "HTTP/1.1 is needed"
+            self._refuse(400, "HTTP/1.1 is needed")
         if match[1] != "GET":
-            return 400, "the method must be GET"
+            self._refuse(400, "the method must be GET")
         if not headers.get("host") or "," in headers["host"]:
-            return 400, "there must be one Host"
+            self._refuse(400, "there must be one Host")
         if "websocket" not in _tokens(headers.get("upgrade")):
-            return 426, "this is a WebSocket; Upgrade must name websocket"
+            self._refuse(
+                426, "this is a WebSocket; Upgrade must name websocket")
         if "upgrade" not in _tokens(headers.get("connection")):
-            return 400, "Connection must name Upgrade"
+            self._refuse(400, "Connection must name Upgrade")
         if not re.fullmatch(r"[A-Za-z0-9+/]{22}==",
                             headers.get("sec-websocket-key", "")):
-            return 400, "Sec-WebSocket-Key must be 16 bytes in base64"
+            self._refuse(400, "Sec-WebSocket-Key must be 16 bytes in base64")
         if headers.get("sec-websocket-version") != "13":
-            return 426, "Sec-WebSocket-Version must be 13"
+            self._refuse(426, "Sec-WebSocket-Version must be 13")
         self.path, self.headers = match[2], fields
         reason = self.refuse(match[2], fields)
-        return (403, str(reason)) if reason else None
-
-    def _refuse(self, status, reason):
-        self._say_http(f"HTTP/1.1 {status} {_HTTP_REASONS[status]}", {
-            "Upgrade": "websocket" if status == 426 else "",
-            "Sec-WebSocket-Version": "13" if status == 426 else "",
-            "Connection": "Upgrade, close" if status == 426 else "close",
-            "Content-Type": "text/plain; charset=utf-8",
-            "Content-Length": str(len(reason.encode()) + 1),
-        }, reason + "\n")
-        raise ProtocolError(f"no WebSocket handshake: {reason}")
-
-    def _grant(self, headers):
+        if reason:
+            self._refuse(403, str(reason))
         offered = headers.get("sec-websocket-protocol", "").split(",")
         self._agree(next((name.strip() for name in offered
                           if name.strip() in self.subprotocols), None))
@@ -1249,6 +1283,17 @@ class WebSocketFraming(Framing):
             "Upgrade": "websocket", "Connection": "Upgrade",
             "Sec-WebSocket-Accept": _accept_key(headers["sec-websocket-key"]),
             "Sec-WebSocket-Protocol": self.subprotocol})
+
+    def _refuse(self, status, reason):
+        """Queue an HTTP error and raise ProtocolError."""
+        self._say_http(f"HTTP/1.1 {status} {_PHRASES[status]}", {
+            "Upgrade": "websocket" if status == 426 else "",
+            "Sec-WebSocket-Version": "13" if status == 426 else "",
+            "Connection": "Upgrade, close" if status == 426 else "close",
+            "Content-Type": "text/plain; charset=utf-8",
+            "Content-Length": str(len(reason.encode()) + 1),
+        }, reason + "\n")
+        raise ProtocolError(f"no WebSocket handshake: {reason}")
 
     def _agree(self, subprotocol):
         self.subprotocol = subprotocol
@@ -1289,18 +1334,21 @@ class WebSocketFraming(Framing):
                 head = self._parse_frame_head()
                 if head is None:
                     return None
-                if head[0] >= _CLOSE:
-                    return self._take_control(*head)
-                self._begin_frame(*head)
+                opcode, final, mask, size, length = head
+                if opcode >= _CLOSE:
+                    return self._take_control(opcode, mask, size, length)
+                del self.buffer[:size]
+                self._frame, self._left = (final, mask), length
+                self._size += length
+                if opcode != _CONTINUED:
+                    self._kind = opcode
             return self._take_payload()
         except _Violation as violation:
-            self._part(violation.code, str(violation))
+            self._queue_close(violation.code, str(violation))
             raise
 
     def _parse_frame_head(self):
-        """Return (opcode, final, mask, size of the head, length of the
-        payload), or None: more bytes are needed.  5.2.
-        """
+        """Return (opcode, final, mask, head's size, length), or None.  5.2."""
         buffer = self.buffer
         if len(buffer) < 2:
             return None
@@ -1326,8 +1374,7 @@ class WebSocketFraming(Framing):
         return opcode, final, mask, size, length
 
     def _check_frame(self, opcode, final, length):
-        """Raise _Violation for what the first two bytes of a frame give away.
-        """
+        """Raise _Violation if a frame's first two bytes are wrong."""
         if self.buffer[0] & 0x70:
             raise _Violation(1002, "a reserved bit is set")
         if opcode not in (_CONTINUED, _TEXT, _BINARY, _CLOSE, _PING, _PONG):
@@ -1344,18 +1391,9 @@ class WebSocketFraming(Framing):
             raise _Violation(1002, "a message within a message" if self.amid
                              else "a continuation of nothing")
 
-    def _begin_frame(self, opcode, final, mask, size, length):
-        """A data frame's payload follows."""
-        del self.buffer[:size]
-        self._frame, self._left = (final, mask), length
-        self._size += length
-        if opcode != _CONTINUED:
-            self._kind = opcode
 
     def _take_payload(self):
-        """Take what has come of a frame's payload; return the message that
-        it completes, SKIPPED if it completes no message, None if no frame.
-        """
+        """Take what has come of a frame; return a message, SKIPPED or None."""
         final, mask = self._frame
         data = bytes(self.buffer[:self._left])
         del self.buffer[:len(data)]
@@ -1369,18 +1407,16 @@ class WebSocketFraming(Framing):
             data = self._decode(data, complete)
         if not self._left:
             self._frame = None
+        if data:
+            self._parts.append(data)
         if not complete:
-            if data:
-                self._parts.append(data)
             return None if self._left else SKIPPED
-        if self._parts:
-            parts, self._parts = [*self._parts, data], []
-            data = type(data)().join(parts)
-        self._kind, self._size = None, 0
-        return data
+        message = data[:0].join(self._parts)
+        self._parts, self._kind, self._size = [], None, 0
+        return message
 
     def _decode(self, data, complete):
-        """Decode a piece of a text; what is no UTF-8 is noticed at once."""
+        """Decode a part of a text, or raise _Violation at once."""
         data = self._tail + data
         try:
             text, used = codecs.utf_8_decode(data, "strict", complete)
@@ -1389,8 +1425,8 @@ class WebSocketFraming(Framing):
         self._tail = data[used:]
         return text
 
-    def _take_control(self, opcode, _final, mask, size, length):
-        """Handle a control frame, if it is complete."""
+    def _take_control(self, opcode, mask, size, length):
+        """Answer a control frame, if it is complete."""
         end = size + length
         if len(self.buffer) < end:
             return None
@@ -1405,9 +1441,10 @@ class WebSocketFraming(Framing):
         return SKIPPED
 
     def _take_close(self, payload):
-        """The peer says good-bye.  5.5.1."""
+        """Note the peer's close frame and answer it.  5.5.1."""
         code = int.from_bytes(payload[:2], "big") if payload else 1005
-        if len(payload) == 1 or (payload and not _is_close_code(code)):
+        if len(payload) == 1 or (payload and not any(
+                code in codes for codes in _CLOSE_CODES)):
             raise _Violation(1002, "a close frame with a code that is none")
         try:
             reason = payload[2:].decode()
@@ -1416,13 +1453,11 @@ class WebSocketFraming(Framing):
                              "a close reason that is not UTF-8") from None
         self.closed = f"close frame {code} {_printable(reason)}".rstrip()
         self.buffer.clear()
-        if not self.mute:
-            self.mute = True
-            self.output += self._encode_frame(_CLOSE, payload[:2])
+        self._queue_close(code)
 
     @property
     def amid(self):
-        """Whether a message has begun whose last frame has not."""
+        """Whether a message has begun and its last frame has not."""
         return self._kind is not None
 
     @property
@@ -1431,15 +1466,15 @@ class WebSocketFraming(Framing):
         return self.amid or bool(self.buffer)
 
     def finish(self):
-        """Note what a FIN has cut short."""
-        self.closed = self.closed or (
-            "FIN without a close frame" if self.opened
-            else f"FIN within the {self.handshake}")
+        """Note what the FIN has cut short."""
+        where = ("without a close frame" if self.opened
+                 else f"within the {self.handshake}")
+        self.closed = self.closed or f"FIN {where}"
 
     # -- frames that go out -------------------------------------------------
 
     def _encode_frame(self, opcode, payload):
-        """Return a frame, which is always the only one of its message."""
+        """Return a frame, always the only one of its message."""
         length = len(payload)
         masked = _MASKED if self.client else 0
         if length < 126:
@@ -1461,16 +1496,17 @@ class WebSocketFraming(Framing):
         """Return text as a text message."""
         return self._encode_frame(_TEXT, text.encode())
 
-    def _part(self, code, reason=""):
-        """Say good-bye, once."""
+    def _queue_close(self, code, reason=""):
+        """Queue a close frame, once.  1005 stands for no code (7.1.5)."""
         if self.opened and not self.mute:
             self.mute = True
+            head = b"" if code == 1005 else code.to_bytes(2, "big")
             self.output += self._encode_frame(
-                _CLOSE, code.to_bytes(2, "big") + reason.encode()[:123])
+                _CLOSE, head + reason.encode()[:123])
 
     def farewell(self, reason):
         """Return a close frame, unless one has been sent.  7.4.1."""
-        self._part(1000 if reason in ("closed", "eof") else 1001)
+        self._queue_close(1000 if reason in ("closed", "eof") else 1001)
         data = bytes(self.output)
         self.output.clear()
         return data
@@ -1479,16 +1515,15 @@ class WebSocketFraming(Framing):
 # 10. TLS
 #
 # A framing around another one, over two memory BIOs of the ssl module: the
-# loop goes on moving bytes and knows nothing of it, and the socket stays a
-# plain one that can be probed (an SSLSocket refuses MSG_PEEK).
+# loop just moves bytes, and the socket stays a plain one that can be probed
+# (an SSLSocket refuses MSG_PEEK).
 #
-# Three ends are told apart: close_notify is a clean one ("eof"), a FIN
-# without it is a truncation ("protocol"), since anybody on the way can send a
-# FIN, and an RST is a "reset".
+# Three ends are distinguished: close_notify is a clean one ("eof"), a FIN
+# without it a truncation ("protocol"), since anyone on the way can send a FIN,
+# and an RST a "reset".
 # ---------------------------------------------------------------------------
 
-#: Bytes of plain text in a TLS record.
-_LONGEST_RECORD = 16384
+_LONGEST_RECORD = 16384  #: bytes of plain text in a TLS record
 
 
 class TlsFraming(Framing):
@@ -1497,9 +1532,7 @@ class TlsFraming(Framing):
     def __init__(self, context, server_hostname, inner):
         import ssl  # only a program that uses TLS pays for it
         super().__init__(inner.max_message, inner.client)
-        self._want_read, self._zero_return = (ssl.SSLWantReadError,
-                                              ssl.SSLZeroReturnError)
-        self._error = ssl.SSLError  # the base of both
+        self._ssl = ssl
         self.inner = inner
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self.tls = context.wrap_bio(
@@ -1519,11 +1552,8 @@ class TlsFraming(Framing):
     opened = property(lambda self: self._shaken and self.inner.opened)
     amid = property(lambda self: self.inner.amid)
     mute = property(lambda self: self._failure or self.inner.mute)
-
-    @property
-    def partial(self):
-        """Whether a message, or a record, has begun and is not complete."""
-        return bool(self.inner.partial or self._left or self._head)
+    partial = property(lambda self: bool(
+        self.inner.partial or self._left or self._head))
 
     def begin(self, host):
         """Start the handshake."""
@@ -1531,13 +1561,13 @@ class TlsFraming(Framing):
         self._advance()
 
     def receive(self, data):
-        """Decrypt what came from the peer."""
+        """Decrypt bytes from the peer."""
         self._incoming.write(data)
         self._count_records(data)
         self._advance()
 
     def _advance(self):
-        """Go on with the handshake, then decrypt what there is."""
+        """Continue the handshake, then decrypt what there is."""
         try:
             if not self._shaken:
                 self.tls.do_handshake()
@@ -1546,20 +1576,20 @@ class TlsFraming(Framing):
             while not self.closed:
                 data = self.tls.read(_LONGEST_RECORD)
                 if not data:
-                    raise self._zero_return
+                    raise self._ssl.SSLZeroReturnError
                 self.inner.receive(data)
                 if not self._incoming.pending and not self.tls.pending():
                     break  # spares the exception that says so
-        except self._want_read:
+        except self._ssl.SSLWantReadError:
             pass
-        except self._zero_return:
+        except self._ssl.SSLZeroReturnError:
             self.closed = "close_notify from the peer"
-        except self._error as failure:
+        except self._ssl.SSLError as failure:  # the base of both
             self._failure = self._failure or self._explain(failure)
         self._collect()
 
     def _explain(self, failure):
-        """Return the ProtocolError for what the ssl module says."""
+        """Return the ProtocolError for an error of the ssl module."""
         reason = getattr(failure, "verify_message", None) or (
             failure.reason or str(failure)).lower().replace("_", " ")
         reason = re.sub(r"^(?:sslv3|tlsv1\d?) alert ", "the peer says ",
@@ -1568,11 +1598,11 @@ class TlsFraming(Framing):
             reason += " (plain text on a TLS port?)"
         elif reason == "no shared cipher":
             reason += " (has the listener's context a certificate?)"
-        return ProtocolError("TLS handshake failed: " + reason
-                             if not self._shaken else "TLS: " + reason)
+        start = "TLS" if self._shaken else "TLS handshake failed"
+        return ProtocolError(f"{start}: {reason}")
 
     def _count_records(self, data):
-        """Keep account of whether a record is incomplete (RFC 8446, 5.1)."""
+        """Keep track of whether a record is incomplete (RFC 8446, 5.1)."""
         at = 0
         while at < len(data):
             if self._left:
@@ -1587,7 +1617,7 @@ class TlsFraming(Framing):
             at += step
 
     def next_message(self):
-        """Return the next message of the framing within."""
+        """Return the next message of the inner framing."""
         inner = self.inner
         try:
             payload = inner.next_message()
@@ -1601,9 +1631,7 @@ class TlsFraming(Framing):
         return payload
 
     def finish(self):
-        """Return what the end of the stream completes; raise ProtocolError
-        where the peer has not announced the end.
-        """
+        """Return what FIN completes; ProtocolError without close_notify."""
         if not self._shaken:
             raise ProtocolError("FIN within the TLS handshake")
         if not self.closed:
@@ -1618,7 +1646,7 @@ class TlsFraming(Framing):
             self.tls.write(data)
 
     def _collect(self):
-        """Move what is to be sent to output."""
+        """Move the bytes to send to output."""
         if self.inner.output and self._shaken:
             self._seal(bytes(self.inner.output))
             self.inner.output.clear()
@@ -1626,7 +1654,7 @@ class TlsFraming(Framing):
             self.output += self._outgoing.read()
 
     def _flush(self):
-        """Return, and forget, what is to be sent."""
+        """Return the bytes to send, and forget them."""
         data = bytes(self.output) + self._outgoing.read()
         self.output.clear()
         return data
@@ -1642,9 +1670,9 @@ class TlsFraming(Framing):
         return self._flush()
 
     def farewell(self, reason):
-        """Return close_notify, behind what the framing within has to say."""
+        """Return the inner framing's farewell and close_notify."""
         if self._shaken and not self._failure:
-            with contextlib.suppress(self._error):
+            with contextlib.suppress(self._ssl.SSLError):
                 self._seal(self.inner.farewell(reason))
                 self.tls.unwrap()
         return self._flush()
@@ -1702,7 +1730,7 @@ class Stack(NamedTuple):
                              + ("clients" if client else "servers"))
         # Gone in TLS 1.3, for good reasons: while the peer has one under way
         # nothing can be sent, and nothing says until when.
-        context.options |= ssl.OP_NO_RENEGOTIATION
+        context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0)  # PyPy: none
 
     def build(self, max_message, client):
         """Return an instance for one connection, None for raw."""
@@ -1717,7 +1745,6 @@ class Stack(NamedTuple):
         return TlsFraming(self.context, self.server_hostname, inner)
 
 
-
 class Phase:
     """Where a connection is in its life; each is entered at most once.
 
@@ -1729,6 +1756,7 @@ class Phase:
     CONNECTING = "connecting"  # connect() is under way
     OPENING = "opening"        # the framing's handshake is under way
     OPEN = "open"              # usable
+    FAILED = "failed"          # connect() has failed: there is no rest
     DOOMED = "doomed"          # its socket is dead; the rest is delivered
     CLOSING = "closing"        # it ends as soon as what is queued is sent
     ENDED = "ended"            # its socket is closed, its event maybe queued
@@ -1736,6 +1764,8 @@ class Phase:
 
 #: The phases in which a connection can be told things, and can send.
 _LIVE = (Phase.OPEN, Phase.OPENING, Phase.CONNECTING)
+#: The phases in which we read, or accept.
+_READING = (Phase.OPEN, Phase.OPENING, Phase.LISTENING)
 #: The phases in which messages are handed over.
 _RECEIVING = (Phase.OPEN, Phase.OPENING, Phase.DOOMED)
 
@@ -1749,40 +1779,29 @@ class Connection:
     """
 
     __slots__ = (
-        "conid", "proto", "peer", "local", "origin",    # who
-        "phase", "ready", "cause",         # where in its life
-        "forgotten",                       # tcp_close_connection returned 1
-        "sock", "events",                  # its socket, and what is selected
-        "stack", "layer", "message",       # how bytes become messages
-        "waiting",                         # messages wait for the next turn
-        "out", "bytes_in", "bytes_out",    # out: bytearray, or None if empty
-        "wants_event",                     # tcp_enable_closed_event
-        "since", "active", "lifetime",     # seconds, of the loop's clock
-        "work_due", "send_due", "keepalive_due",
-        "keepalive", "suspected",          # suspected since: see is_dead
-        "soft_error",                      # an ICMP error that a probe met
-        "wake",                            # see Deadlines
-        "candidates",                      # addresses that connect() may try
-        "early", "early_bytes",            # payloads sent before it is open
-        "opened",                          # it has been usable
-    )
+        "conid", "proto", "peer", "local", "origin", "phase", "ready", "cause",
+        "forgotten", "sock", "events", "stack", "layer", "message", "waiting",
+        "out", "bytes_in", "bytes_out", "wants_event", "since", "active",
+        "lifetime", "work_due", "send_due", "keepalive_due", "keepalive",
+        "suspected", "soft_error", "wake", "candidates", "early",
+        "early_bytes", "opened")
 
-    def __init__(self, conid, origin, stack, lifetime, now):
-        self.conid = conid
+    def __init__(self, origin, stack, lifetime, now):
+        self.conid = None           # see Table.add
         self.proto = "tcp"
         self.peer = self.local = ("", 0)
-        self.origin = origin    # "listen", "accept", "connect" or "attach"
+        self.origin = origin        # "listen", "accept", "connect", "attach"
         self.phase = self.ready = self.cause = None
-        self.forgotten = False
+        self.forgotten = False      # tcp_close_connection returned 1
         self.sock = None
-        self.events = 0
+        self.events = 0             # what is selected
         self.stack = stack
-        self.layer = None       # the framing's instance; None: raw
+        self.layer = None           # the framing's instance; None: raw
         self.message = Message
-        self.waiting = False
-        self.out = None
+        self.waiting = False        # messages wait for the next turn
+        self.out = None             # a bytearray, None if empty
         self.bytes_in = self.bytes_out = 0
-        self.wants_event = False
+        self.wants_event = False    # tcp_enable_closed_event
         self.since = now
         # The lifetime is an idle lifetime of what is open; before that the
         # connect and message timeouts count.
@@ -1790,29 +1809,18 @@ class Connection:
         self.lifetime = lifetime
         self.work_due = self.send_due = self.keepalive_due = NEVER
         self.keepalive = None
-        self.suspected = NEVER
-        self.soft_error = None
-        self.wake = NEVER
-        self.candidates = self.early = ()
+        self.suspected = NEVER      # since when: see is_dead
+        self.soft_error = None      # an ICMP error that a probe met
+        self.wake = NEVER           # see Deadlines
+        self.candidates = ()        # addresses that connect() may try
+        self.early = ()             # payloads sent before it is open
         self.early_bytes = 0
-        self.opened = False
-
-    def bind(self, sock, peer, local):
-        """Give it a socket.
-
-        Not its bound methods, too: they would save a message next to nothing,
-        and cost every connection that is held a sixth of its memory.
-        """
-        self.sock, self.peer, self.local = sock, peer, local
+        self.opened = False         # it has been usable
 
     def due(self):
         """Return the earliest of its deadlines."""
         return min(self.active + self.lifetime, self.work_due, self.send_due,
                    self.keepalive_due)
-
-    def __repr__(self):
-        return (f"<Connection conid {self.conid} {self.phase}"
-                f" {_format_address(self.peer)}>")
 
 
 class ConnectionInfo(NamedTuple):
@@ -1865,12 +1873,9 @@ class Table:
     def __iter__(self):
         return iter(list(self._by_conid.values()))
 
-    def new_conid(self):
-        """Return a conid that has never been used."""
-        return next(self._conids)
-
     def add(self, conn):
-        """Make a connection known by its conid."""
+        """Give a connection a conid that has never been used."""
+        conn.conid = next(self._conids)
         self._by_conid[conn.conid] = conn
 
     def remove(self, conn):
@@ -1879,39 +1884,34 @@ class Table:
 
     def add_peer(self, conn):
         """Make a connection known by its peer's address."""
-        key = conn.peer[:2]
-        held = self._by_peer.setdefault(key, conn)
+        held = self._by_peer.setdefault(conn.peer, conn)
         if held is not conn:
             if not isinstance(held, dict):
-                held = self._by_peer[key] = {held.conid: held}
+                held = self._by_peer[conn.peer] = {held.conid: held}
             held[conn.conid] = conn
 
     def remove_peer(self, conn):
         """Undo add_peer."""
-        key = conn.peer[:2]
-        held = self._by_peer.get(key)
+        held = self._by_peer.get(conn.peer)
         if isinstance(held, dict):
             held.pop(conn.conid, None)
         if held is conn or held == {}:
-            del self._by_peer[key]
+            del self._by_peer[conn.peer]
 
-    def find_peer(self, host, port):
-        """Return the youngest connection with a peer, or None."""
-        held = self._by_peer.get((host, port))
-        if isinstance(held, dict):
-            return next(reversed(held.values()))
-        return held
+    def find_peer(self, peer, protos):
+        """Return the youngest connection with a peer, or None.
+
+        protos are those that will do, None for all.
+        """
+        held = self._by_peer.get(peer, {})
+        if not isinstance(held, dict):
+            held = {held.conid: held}
+        return next((conn for conn in reversed(held.values())
+                     if protos is None or conn.proto in protos), None)
 
 # ---------------------------------------------------------------------------
 # 13. Routes
 # ---------------------------------------------------------------------------
-
-
-def _handler(handler):
-    """Catch @ops.request_route() and its like where they are written."""
-    if not callable(handler):
-        raise TypeError(f"a route is a function, not {reprlib.repr(handler)}")
-    return handler
 
 
 class Routes:
@@ -1951,7 +1951,7 @@ class Routes:
         if callback is not None and not callable(callback):
             raise ValueError("event_callback must be callable or None,"
                              f" not {reprlib.repr(callback)}")
-        self._event_callback = callback
+        self._event_callback = callback and _function(callback)
 
     def modparam(self, module, name, value):
         """Set a parameter as the script language does.  Spec: 2.
@@ -1968,7 +1968,7 @@ class Routes:
 
     def request_route(self, handler):
         """Decorator: call handler(msg) for each message received."""
-        self._request = _handler(handler)
+        self._request = _function(handler)
         return handler
 
     def onreply_route(self, handler):
@@ -1977,7 +1977,7 @@ class Routes:
         See Message.is_reply.  Without such a handler request_route's gets
         them too.
         """
-        self._onreply = _handler(handler)
+        self._onreply = _function(handler)
         return handler
 
     def event_route(self, name):
@@ -1991,7 +1991,7 @@ class Routes:
                              f" not {reprlib.repr(name)}")
 
         def register(handler):
-            self._events[name] = _handler(handler)
+            self._events[name] = _function(handler)
             return handler
         return register
 
@@ -2026,8 +2026,9 @@ class Routes:
 
 _READ, _WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 #: A peer that closed must not kill us with SIGPIPE, even where a host program
-#: has undone Python's choice to ignore it.
-_NOSIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)
+#: has undone Python's choice to ignore it.  PyPy has no name for Linux' flag.
+_NOSIGNAL = getattr(socket, "MSG_NOSIGNAL",
+                    0x4000 if sys.platform.startswith("linux") else 0)
 
 #: Bytes asked of one recv(): one turn of one connection.
 _RECV_SIZE = 65536
@@ -2043,8 +2044,10 @@ _BATCH = 64
 _EMPTYING = 128
 #: Seconds of one wait; epoll counts its milliseconds in 31 bits.
 _LONGEST_WAIT = 86400
-#: Seconds after which a listener that met a full table tries again, should
-#: no end of a connection wake it before.
+#: Turns in a row in which a descriptor was ready and nothing came of it.
+_SPIN = 100
+#: Seconds for which such a descriptor rests, and a listener that met a full
+#: table, should no end of a connection wake that before.
 _REST = 0.1
 #: Seconds between two looks at a peer that is suspected to have vanished.
 _LOOK = 0.25
@@ -2071,8 +2074,7 @@ def _descriptor_limit():
     except ImportError:  # pragma: no cover (Windows has no such limit)
         return NEVER
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return NEVER if soft == resource.RLIM_INFINITY else max(
-        1, soft - _RESERVE)
+    return NEVER if soft == resource.RLIM_INFINITY else max(1, soft - _RESERVE)
 
 
 #: Every Loop that lives, for fork: see Loop._abandon.
@@ -2087,6 +2089,10 @@ def _abandon_loops():
 
 if hasattr(os, "register_at_fork"):  # pragma: no branch (Windows)
     os.register_at_fork(after_in_child=_abandon_loops)
+
+
+#: What Loop._ask returns where a framing has raised.
+_FAILED = object()
 
 
 def _take(queue):
@@ -2104,6 +2110,31 @@ def _ignore(_conn, _mask):
     """What a dead or ended connection does when it is selected: nothing."""
 
 
+def _unread(sock):
+    """Return how many bytes wait in a socket, None where none can tell."""
+    try:
+        import fcntl    # Windows has neither of them
+        import termios
+        return fcntl.ioctl(sock, termios.FIONREAD, bytes(4))
+    except (ImportError, OSError, ValueError):
+        return None
+
+
+class _Attended:
+    """A socket of the host program's; see TcpOps.attend."""
+
+    def __init__(self, sock, call):
+        self.sock = sock
+        self.call = call  # call(mask)
+
+    def ready(self, _owner, mask):
+        """Call the function; return False if it has taken no byte."""
+        before = _unread(self.sock)
+        self.call(mask)
+        return (before is None or not mask & _READ
+                or _unread(self.sock) != before)
+
+
 class Loop(Routes):
     """Moves bytes, messages, deadlines and events.  See TcpOps."""
 
@@ -2113,21 +2144,18 @@ class Loop(Routes):
                  max_write_buffer=1048576, clock=time.monotonic):
         super().__init__(closed_event, event_callback)
         self.connection_lifetime = connection_lifetime
-        for name, value in (("connect_timeout", connect_timeout),
-                            ("send_timeout", send_timeout),
-                            ("message_timeout", message_timeout)):
-            setattr(self, "_" + name,
-                    _number(value, name, 0.001, _MAX_SECONDS))
-        for name, value in (("max_message", max_message),
-                            ("max_write_buffer", max_write_buffer)):
-            setattr(self, "_" + name,
-                    _number(value, name, 1, sys.maxsize, whole=True))
-        if max_connections is None:
-            self._max_connections = _descriptor_limit()
-        else:
-            self._max_connections = _number(
+        self._max_connections = (
+            _descriptor_limit() if max_connections is None else _number(
                 max_connections, "max_connections", 1, sys.maxsize,
-                whole=True)
+                whole=True))
+        for name, value, low, high in (
+                ("connect_timeout", connect_timeout, 0.001, _MAX_SECONDS),
+                ("send_timeout", send_timeout, 0.001, _MAX_SECONDS),
+                ("message_timeout", message_timeout, 0.001, _MAX_SECONDS),
+                ("max_message", max_message, 1, sys.maxsize),
+                ("max_write_buffer", max_write_buffer, 1, sys.maxsize)):
+            setattr(self, "_" + name,
+                    _number(value, name, low, high, whole=low == 1))
         if not callable(clock):
             raise ValueError(f"clock must be callable, not {clock!r}")
         self._clock = clock
@@ -2148,7 +2176,11 @@ class Loop(Routes):
         self._ended = dict.fromkeys(REASONS, 0)
         self._bytes_in = self._bytes_out = 0    # of the ended ones
         self._refused = 0
-        self._resting = []      # listeners that met a full table
+        self._resting = []      # see _rest
+        self._rest_until = NEVER
+        self._in_vain = {}      # owner: turns in a row, see _guard
+        self._lost = 0          # see _serve_ready
+        self._outer = None      # see fileno
         self._complain_at = -NEVER
         self._current = None    # the connection of the handler that runs
         self._event = None      # the event of the handler that runs
@@ -2157,37 +2189,42 @@ class Loop(Routes):
         self._use_otcpid = False    # and whether forward heeds it
         self._turning = self._stopping = False
         self._draining = self._closing = False
-        self._embedded = False  # fileno() was asked for: see _nudge
-        self._handle = {        # what a connection does when it is selected
+        # What a connection does when it is selected; else nothing.
+        self._handle = collections.defaultdict(lambda: _ignore, {
             Phase.LISTENING: self._accept,
             Phase.CONNECTING: self._connect_done,
             Phase.OPENING: self._serve,
             Phase.OPEN: self._serve,
-            Phase.DOOMED: _ignore,
             Phase.CLOSING: self._flush,
-            Phase.ENDED: _ignore,
-        }
+        })
         self._selector = selectors.DefaultSelector()
         self._select = self._selector.select
         # stop() and call_soon() interrupt a wait by writing to this pair.
         self._waker, self._woken = socket.socketpair()
         for sock in (self._waker, self._woken):
             sock.setblocking(False)
-        self.attend(self._woken, _READ, self._drain_waker)
+        self._selector.register(self._woken, _READ, _Attended(
+            self._woken, self._drain_waker))
 
     def attend(self, sock, events, ready):
         """Call ready(mask) whenever a socket of the host program's is ready.
 
         For a socket that is no connection and is to have no conid.  events
         and mask are those of the selectors module.  What ready raises is
-        logged.
+        logged.  It has to read what there is: it is called until it does.
         """
-        self._selector.register(sock, events, types.SimpleNamespace(
-            sock=sock, ready=lambda _, mask: self._run_call(ready, (mask,))))
+        _function(ready)
+        self._selector.register(sock, events, _Attended(
+            sock, lambda mask: self._run_call(ready, (mask,))))
 
     def dismiss(self, sock):
         """Undo attend."""
-        self._selector.unregister(sock).data.ready = _ignore
+        key = self._selector.unregister(sock)
+        key.data.ready = _ignore
+        try:
+            os.fstat(key.fd)
+        except OSError:  # closed already
+            self._lost = 1
 
     # -- for the host program: settings and questions ---------------------
 
@@ -2219,10 +2256,10 @@ class Loop(Routes):
         now = self._clock()
         due = conn.due()
         return ConnectionInfo(
-            conn.conid, conn.proto, *conn.peer[:2], *conn.local[:2],
+            conn.conid, conn.proto, *conn.peer, *conn.local,
             conn.stack.name, self._state(conn), now - conn.since,
             max(0.0, now - conn.active), conn.lifetime,
-            None if due == NEVER else due, self._kernel_keepalive(conn),
+            None if due == NEVER else due, get_keepalive(conn.sock),
             conn.bytes_in, conn.bytes_out)
 
     def connections(self):
@@ -2239,9 +2276,8 @@ class Loop(Routes):
     def stats(self):
         """Return counts since the start, as a dict.
 
-        opened (connections; each ends once), ended ({reason: count}),
-        accepts_refused (how often a listener had to rest because descriptors
-        or max_connections ran out), bytes_in and bytes_out.
+        opened (connections), ended ({reason: count}), accepts_refused (how
+        often a listener met a lack of room), bytes_in and bytes_out.
         """
         live = [conn for conn in self._table if conn.phase is not Phase.ENDED]
         return {
@@ -2281,7 +2317,7 @@ class Loop(Routes):
             sock.setblocking(False)
             sock.bind(address)
             sock.listen(backlog)
-            local = sock.getsockname()
+            local = _peer_key(sock.getsockname())
         except BaseException:
             sock.close()
             raise
@@ -2311,11 +2347,11 @@ class Loop(Routes):
         layer = stack.build(self._max_message, client=True)
         sock, address, rest = self._socket_for(addresses)
         conn = self._begin(sock, Phase.CONNECTING, "connect", stack, layer,
-                           address)
+                           _peer_key(address))
         conn.candidates = rest
         conn.work_due = conn.since + self._connect_timeout
         self._arm(conn, conn.work_due)
-        self._start_connect(conn)
+        self._go_on_connecting(conn, sock.connect_ex(address))
         return conn.conid
 
     def attach(self, sock, *, framing="raw"):
@@ -2333,7 +2369,8 @@ class Loop(Routes):
                 or sock.family not in (socket.AF_INET, socket.AF_INET6)):
             raise ValueError("attach takes a plain TCP socket,"
                              f" not {reprlib.repr(sock)}")
-        peer, local = sock.getpeername(), sock.getsockname()
+        peer = _peer_key(sock.getpeername())
+        local = _peer_key(sock.getsockname())
         key = self._selector.get_map().get(sock.fileno())
         if key is not None and key.data.sock is sock:
             raise ValueError(f"{sock!r} is attached already")
@@ -2363,10 +2400,14 @@ class Loop(Routes):
             while not self._stopping and not self._closing:
                 self._turn(self._patience(None))
         finally:
-            self._stopping = False
+            self._turning = self._stopping = False
             if wakeup is not None:
-                signal.set_wakeup_fd(wakeup)
-            self._rest_from_turning()
+                try:
+                    signal.set_wakeup_fd(wakeup)
+                except (OSError, ValueError):  # the host has closed it
+                    signal.set_wakeup_fd(-1)
+            if self._closing:  # in a handler: that waited for this
+                self._release()
 
     def step(self, timeout=None):
         """Wait until something happens, and handle it.
@@ -2392,13 +2433,9 @@ class Loop(Routes):
                     if timeout <= 0:
                         return 0
         finally:
-            self._rest_from_turning()
-
-    def _rest_from_turning(self):
-        """A turn is over; close() in one of its handlers waited for that."""
-        self._turning = False
-        if self._closing:
-            self._release()
+            self._turning = False
+            if self._closing:
+                self._release()
 
     def stop(self):
         """Make run() return after this turn.
@@ -2407,6 +2444,10 @@ class Loop(Routes):
         it makes that return at once.  A loop of your own around step() should
         give it a timeout: only run() is woken by a signal that comes at the
         very moment at which the wait begins.
+
+        Call it instead of raising in a signal handler: what that raises may
+        come between any two steps of ours.  It leaves run() and ends nothing,
+        but a message that was under way then may be lost.
         """
         self._stopping = True
         self._wake()
@@ -2416,6 +2457,7 @@ class Loop(Routes):
 
         Raises RuntimeError after close().
         """
+        _function(function)
         self._check_running()
         self._calls.append((function, args))
         self._wake()
@@ -2477,8 +2519,11 @@ class Loop(Routes):
         self._check_running()
         if not hasattr(self._selector, "fileno"):  # pragma: no cover (Windows)
             raise OSError(errno.ENOTSUP, "this selector has no descriptor")
-        self._embedded = True
-        return self._selector.fileno()
+        if self._outer is None:
+            # Of its own, so that it stays what it is: see _renew_selector.
+            self._outer = selectors.DefaultSelector()
+            self._outer.register(self._selector.fileno(), _READ)
+        return self._outer.fileno()
 
     def next_deadline(self):
         """Return the time of the clock at which step(0) is due, or None.
@@ -2487,7 +2532,7 @@ class Loop(Routes):
         """
         if self._has_work():
             return self._clock()
-        due = self._deadlines.next()
+        due = min(self._deadlines.next(), self._rest_until)
         return None if due == NEVER else due
 
     # -- one turn ---------------------------------------------------------
@@ -2511,7 +2556,7 @@ class Loop(Routes):
         """Return how long the next wait may take, None for ever."""
         if self._has_work():
             return 0
-        due = self._deadlines.next()
+        due = min(self._deadlines.next(), self._rest_until)
         if due == NEVER:
             return timeout and min(timeout, _LONGEST_WAIT)
         wait = min(due - self._clock(), _LONGEST_WAIT)
@@ -2526,40 +2571,92 @@ class Loop(Routes):
         # Deadlines that come up while handlers run are for the next turn:
         # what peers have sent in the meantime is read before.
         now = self._clock()
-        handled = len(ready)
-        # Input and output.
-        for key, mask in ready:
-            conn = key.data
-            conn.ready(conn, mask)
-            if self._events_due:
-                self._tell()
-        # Messages that were left when their connection's share was used up,
-        # and calls from outside.
-        if self._waiting or self._calls:
-            for conn in _take(self._waiting):
-                conn.waiting = False
-                conn.active = self._clock()  # it is not idle: we lag behind
-                self._deliver(conn)
-                self._rewatch(conn)
+        handled = self._tell() if self._events_due else 0  # of calls outside
+        handled += self._serve_ready(ready)
+        due = self._deadlines.next() <= now
+        if due:
+            # A process that was stopped, or interrupted by a signal, wakes up
+            # with an old answer; what has come by now counts.
+            handled += self._serve_ready(self._select(0))
+        conn = None
+        try:
+            # Messages that were left when their connection's share was used
+            # up, and calls from outside.
+            if self._waiting or self._calls:
+                for conn in _take(self._waiting):
+                    conn.waiting = False
+                    conn.active = self._clock()  # not idle: we lag behind
+                    self._deliver(conn)
+                    self._rewatch(conn)
+                    handled += 1
+                for call in _take(self._calls):
+                    self._run_call(*call)
+                    handled += 1
+            if due:
+                handled += self._expire(now)
+            if self._rest_until <= now:
+                self._rest_until = NEVER
+                self._resume(self._resting)
                 handled += 1
-            for call in _take(self._calls):
-                self._run_call(*call)
-                handled += 1
-        # Deadlines.
-        if self._deadlines.next() <= now:
-            handled += self._expire(now)
-        # Dead sockets, and events.
-        if self._doomed:
-            for conn in _take(self._doomed):
-                try:
-                    self._bury(conn)
-                finally:  # Ctrl-C in a handler must not make it immortal
-                    if conn.phase is Phase.DOOMED:
-                        self._doomed.append(conn)
-                handled += 1
+            # Dead sockets, and events.
+            if self._doomed:
+                for conn in _take(self._doomed):
+                    try:
+                        self._bury(conn)
+                    finally:  # Ctrl-C in a handler must not make it immortal
+                        if conn.phase is Phase.DOOMED:
+                            self._doomed.append(conn)
+                    handled += 1
+        except Exception as error:
+            self._fault(conn, error)
+            raise
         if self._events_due:
             handled += self._tell()
         return handled
+
+    def _serve_ready(self, ready):
+        """Input and output; return how many were ready."""
+        owner, in_vain = None, ()
+        try:
+            for key, mask in ready:
+                owner = key.data
+                if not owner.ready(owner, mask):
+                    in_vain = (*in_vain, owner)
+                if self._events_due:
+                    self._tell()
+        except Exception as error:
+            self._fault(owner, error)
+            raise
+        if in_vain or self._in_vain:
+            self._guard(in_vain)
+        if self._lost and not ready:
+            self._lost += 1
+            if self._lost > _SPIN:  # a descriptor that is no more is ready
+                self._renew_selector()
+        return len(ready)
+
+    def _fault(self, conn, error):
+        """End a connection for a fault of ours, no signal handler's error."""
+        if (isinstance(conn, Connection) and conn.phase is not Phase.LISTENING
+                and not _is_signal(error)):
+            self._end(conn, Cause("error", None,
+                                  f"a fault in tcpops: {error!r}"))
+
+    def _guard(self, in_vain):
+        """Have owners rest that are ready turn after turn, and in vain: no
+        errno that nobody thought of may keep the processor busy for ever.
+        """
+        before = self._in_vain
+        self._in_vain = {owner: before.get(owner, 0) + 1 for owner in in_vain}
+        for owner, count in self._in_vain.items():
+            if count == _SPIN and isinstance(owner, _Attended):
+                log.warning("%r was ready %d times in a row, and its function"
+                            " has read nothing", owner.sock, count)
+            elif count >= _SPIN and self._lost:
+                self._renew_selector()  # it may be another's, of its number
+            elif count >= _SPIN and isinstance(owner, Connection):
+                self._rest(owner, f"rests: it was ready {count} times in a"
+                           " row, and nothing came of it")
 
     def _wake(self):
         """Interrupt a wait; safe from a signal handler and any thread."""
@@ -2569,7 +2666,7 @@ class Loop(Routes):
 
     def _nudge(self):
         """Tell whoever drives the loop by fileno() that it has new work."""
-        if self._embedded and not self._turning:
+        if self._outer and not self._turning:
             self._wake()
 
     def _drain_waker(self, _mask):
@@ -2581,8 +2678,9 @@ class Loop(Routes):
         """Call a function of the host program's."""
         try:
             function(*arguments)
-        except Exception:
-            log.exception("%r raised", function)
+        except BaseException as error:
+            log.exception("%r raised", function,
+                          exc_info=_program_error(error))
 
     def _release(self):
         """Tell the last events and give the descriptors back."""
@@ -2594,6 +2692,9 @@ class Loop(Routes):
             except BaseException as error:  # Ctrl-C: the rest is told, too
                 failure = failure or error
         self._turning = False
+        self._resting.clear()
+        if self._outer is not None:
+            self._outer.close()
         self._selector.close()
         self._waker.close()
         self._woken.close()
@@ -2636,8 +2737,8 @@ class Loop(Routes):
                 handler = self._onreply
             if handler is not None:
                 handler(msg)
-        except Exception:
-            self._log_raised(conn, handler)
+        except BaseException as error:
+            self._log_raised(conn, handler, error)
         finally:
             self._current = self._otcpid = None
             self._use_otcpid = False
@@ -2650,22 +2751,22 @@ class Loop(Routes):
             handler = handler(event)
             if handler is not None:
                 handler(event)
-        except Exception:
-            self._log_raised(conn, handler)
+        except BaseException as error:
+            self._log_raised(conn, handler, error)
         finally:
             self._current = self._event = None
 
     @staticmethod
-    def _log_raised(conn, handler):
-        log.exception("conid %d: %s raised", conn.conid,
-                      getattr(handler, "__qualname__", handler))
+    def _log_raised(conn, handler, error):
+        log.error("conid %d: %s raised", conn.conid,
+                  getattr(handler, "__qualname__", handler),
+                  exc_info=_program_error(error))
 
     def _queue_event(self, conn, name, cause):
         """Note an event; it is told when no handler runs."""
         self._events_due.append((conn, Event(
-            conn.conid, name, *cause, conn.proto, *conn.peer[:2],
-            *conn.local[:2], self._clock() - conn.since, conn.bytes_in,
-            conn.bytes_out)))
+            conn.conid, name, *cause, conn.proto, *conn.peer, *conn.local,
+            self._clock() - conn.since, conn.bytes_in, conn.bytes_out)))
         self._nudge()
 
     def _tell(self):
@@ -2692,18 +2793,19 @@ class Loop(Routes):
     def _arm(self, conn, due):
         """Bring the heap up to date after one of the deadlines was set."""
         if due < conn.wake:
-            if self._embedded and due < self._deadlines.next():
+            if self._outer and due < self._deadlines.next():
                 self._nudge()
             self._deadlines.arm(conn, due)
 
     def _begin(self, sock, phase, origin, stack, layer=None, peer=("", 0),
                local=("", 0)):
         """Give a conid to a socket; return the connection."""
-        conn = Connection(self._table.new_conid(), origin, stack,
-                          self._lifetime, self._clock())
+        conn = Connection(origin, stack, self._lifetime, self._clock())
         if layer is not None:
             conn.layer, conn.proto = layer, layer.proto
-        conn.bind(sock, peer, local)
+        # Not its bound methods, too: they would save a message next to
+        # nothing, and cost each connection a sixth of its memory.
+        conn.sock, conn.peer, conn.local = sock, peer, local
         self._table.add(conn)
         if phase is not Phase.LISTENING:
             self._live += 1
@@ -2714,22 +2816,24 @@ class Loop(Routes):
 
     def _greet(self, conn):
         """A connection stands: let its framing begin, or it is open."""
-        if conn.layer is not None:
-            try:
-                conn.layer.begin(conn.stack.host)
-            except Exception as error:
-                self._framing_failed(conn, error)
-                return
-            self._speak(conn)
-        if conn.layer is None or conn.layer.opened:
-            self._open(conn)
-        else:
-            conn.work_due = self._clock() + self._message_timeout
-            self._arm(conn, conn.work_due)
-        self._rewatch(conn)
+        layer, opened = conn.layer, True
+        try:
+            if layer is not None:
+                opened = self._ask(conn, lambda: (
+                    layer.begin(conn.stack.host), layer.opened)[1])
+                self._speak(conn)
+            if opened is not _FAILED and opened:
+                self._open(conn)
+        finally:  # Ctrl-C in it must not make it immortal
+            if conn.phase is Phase.OPENING:
+                conn.work_due = self._clock() + self._message_timeout
+                self._arm(conn, conn.work_due)
+            self._rewatch(conn)
 
     def _open(self, conn):
-        """A connection has become usable."""
+        """A connection has become usable, unless its framing has ended it."""
+        if conn.phase not in _RECEIVING:
+            return
         log.debug("conid %d is open, %s", conn.conid, conn.peer)
         conn.opened = True
         if not conn.forgotten:
@@ -2745,11 +2849,11 @@ class Loop(Routes):
         if conn.layer is not None and conn.layer.mute:
             return  # the end has come with the handshake
         early, conn.early, conn.early_bytes = conn.early, (), 0
-        try:
-            for payload in early:
-                self._write(conn, self._encode(conn, payload))
-        except Exception as error:
-            self._framing_failed(conn, error)
+        for payload in early:
+            data = self._ask(conn, self._encode, conn, payload)
+            if data is _FAILED or conn.phase is not Phase.OPEN:
+                break
+            self._write(conn, data)
         if conn.forgotten:
             self._finish(conn, conn.cause)
 
@@ -2761,20 +2865,20 @@ class Loop(Routes):
         if conn.early and cause.state is State.NOT_FOUND:
             conn.forgotten = True  # _open comes back to it
             return
-        if conn.phase in (Phase.OPENING, Phase.OPEN):
-            self._write(conn, self._farewell(conn))
-        if conn.out and conn.phase in (Phase.OPENING, Phase.OPEN):
-            conn.work_due = NEVER
-            self._enter(conn, Phase.CLOSING)
-            self._rewatch(conn)
-        else:
-            self._end(conn)
+        self._speak(conn)
+        try:
+            if conn.phase in (Phase.OPENING, Phase.OPEN):
+                conn.work_due = NEVER
+                self._enter(conn, Phase.CLOSING)
+                self._write(conn, self._farewell(conn))
+                self._rewatch(conn)
+        finally:  # Ctrl-C in its farewell must not leave it half closed
+            if not conn.out:
+                self._end(conn)
 
     def _conclude(self, conn, cause):
-        """What the peer's bytes say is the end, whatever its socket says.
-
-        They came first, also where a probe has met a FIN or an RST before
-        they were read.
+        """End a connection as the peer's bytes say: they came first, also
+        where a probe has met a FIN or an RST before they were read.
         """
         if conn.phase in (Phase.CLOSING, Phase.ENDED):
             return  # a handler was quicker
@@ -2785,15 +2889,15 @@ class Loop(Routes):
     def _doom(self, conn, cause):
         """A socket is dead: its connection ends in this turn or the next.
 
-        Not at once, since a handler may be running and since what the socket
-        still holds is delivered first.  Nor by waiting for the kernel, since
-        the error that it would tell has been consumed.
+        Not at once: a handler may be running, and the socket may hold bytes.
+        Nor with the kernel's next event: its error has been consumed.
         """
         conn.cause = conn.cause or cause
         if conn.phase not in _LIVE:
             self._end(conn)
             return
-        self._enter(conn, Phase.DOOMED)
+        self._enter(conn, Phase.FAILED if conn.phase is Phase.CONNECTING
+                    else Phase.DOOMED)
         conn.out = None
         self._deadlines.disarm(conn)
         self._watch(conn, 0)
@@ -2802,16 +2906,16 @@ class Loop(Routes):
         self._nudge()
 
     def _bury(self, conn):
-        """Deliver what a dead socket still holds, then end the connection.
-
-        A share of it in each turn: there may be megabytes.
-        """
+        """Deliver what a dead socket holds, a share a turn; then end it."""
         for _ in range(_BURY):
+            if conn.phase is Phase.FAILED:
+                break
             if conn.phase is not Phase.DOOMED or conn.waiting:
                 return
             try:
                 data = conn.sock.recv(self._recv_size)
-            except OSError:
+            except OSError as error:
+                _system_error(error)
                 data = b""
             if not data:
                 break
@@ -2826,7 +2930,7 @@ class Loop(Routes):
         """End a connection or a listener: the one way out."""
         if conn.phase is Phase.ENDED:
             return
-        listening = conn.phase is Phase.LISTENING
+        phase = conn.phase
         conn.cause = conn.cause or cause
         if conn.soft_error and conn.cause.errno == errno.ETIMEDOUT:
             # As the kernel would have said, had no probe asked before.
@@ -2838,8 +2942,14 @@ class Loop(Routes):
                 detail=f"{conn.cause.detail}, {unsent} bytes unsent")
         self._enter(conn, Phase.ENDED)
         self._deadlines.disarm(conn)
-        self._watch(conn, 0)
-        self._close_socket(conn)
+        try:
+            self._watch(conn, 0)
+            self._close_socket(conn, phase)
+        finally:  # a signal handler may raise there
+            self._report_end(conn, phase is Phase.LISTENING)
+
+    def _report_end(self, conn, listening):
+        """Forget an ended connection; queue its event."""
         conn.out = conn.layer = None
         conn.early = ()
         log.debug("conid %d has ended, %s: %s", conn.conid, *conn.cause[::2])
@@ -2856,20 +2966,19 @@ class Loop(Routes):
         else:
             self._table.remove(conn)
         if self._resting:
-            self._resume()
+            self._resume([owner for owner in self._resting
+                          if owner.phase is Phase.LISTENING])
 
-    @staticmethod
-    def _farewell(conn):
+    def _farewell(self, conn):
         """Return what a connection's framing says before we close."""
         if conn.layer is not None:
             try:
                 return conn.layer.farewell(conn.cause.reason)
-            except Exception:
-                log.exception("conid %d: framing %s raised", conn.conid,
-                              conn.stack.name)
+            except BaseException as error:
+                self._log_raised(conn, f"framing {conn.stack.name}", error)
         return b""
 
-    def _close_socket(self, conn):
+    def _close_socket(self, conn, phase):
         """Close a connection's socket so that the peer learns the truth."""
         try:
             if conn.out:
@@ -2878,7 +2987,7 @@ class Loop(Routes):
                 conn.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
                                      _LINGER_RESET)
             elif conn.cause is not None and conn.cause.errno is None:
-                farewell = self._farewell(conn)
+                farewell = phase is not Phase.CLOSING and self._farewell(conn)
                 if farewell:
                     conn.bytes_out += conn.sock.send(farewell, _NOSIGNAL)
                 # Unread bytes would turn the FIN into an RST, which destroys
@@ -2887,12 +2996,38 @@ class Loop(Routes):
                 if conn.bytes_out:
                     any(not conn.sock.recv(_RECV_SIZE)
                         for _ in range(_EMPTYING))
-        except OSError:
-            pass  # so the peer knows already, or never will
-        try:
-            conn.sock.close()
-        except OSError:
-            pass
+        except OSError as error:  # so the peer knows already, or never will
+            _system_error(error)
+        finally:
+            lost = conn.sock.fileno() < 0
+            try:
+                conn.sock.close()
+            except OSError:
+                lost = True
+            if lost:
+                self._lost = 1
+
+    def _renew_selector(self):
+        """Put a fresh epoll in the place of ours.
+
+        A descriptor was closed behind our back.  While a duplicate of it
+        lives, epoll goes on reporting it and cannot be told not to.
+        """
+        self._lost = 0
+        if not hasattr(self._selector, "fileno"):  # pragma: no cover (select)
+            return
+        number = self._selector.fileno()
+        with selectors.DefaultSelector() as fresh:
+            for key in list(self._selector.get_map().values()):
+                try:
+                    fresh.register(key.fd, key.events)
+                except (OSError, ValueError):
+                    if isinstance(key.data, Connection):  # it is closed, too
+                        self._doom(key.data, Cause.of_errno(errno.EBADF))
+            os.dup2(fresh.fileno(), number, inheritable=False)
+        if self._outer is not None:
+            self._outer.unregister(number)
+            self._outer.register(number, _READ)
 
     # -- input and output -------------------------------------------------
 
@@ -2910,6 +3045,7 @@ class Loop(Routes):
                 self._register(conn)
         except (KeyError, ValueError, OSError) as error:
             # Closed behind our back, or the system has no room for it.
+            _system_error(error)
             conn.events = 0
             self._doom(conn, Cause.of_errno(
                 getattr(error, "errno", None) or errno.EBADF))
@@ -2932,14 +3068,14 @@ class Loop(Routes):
 
     def _rewatch(self, conn):
         """Have the selector look for what the connection's state allows."""
-        events = _WRITE if conn.out else 0
+        events = (_WRITE if conn.out or conn.phase is Phase.CONNECTING
+                  else 0)
         if self._over(conn):
             if conn.phase is Phase.OPEN:
                 # We do not read: it is not the peer's fault if a message
                 # is not complete.
                 conn.work_due = NEVER
-        elif (conn.phase in (Phase.OPENING, Phase.OPEN)
-              and not conn.waiting):
+        elif conn.phase in _READING and not conn.waiting:
             events |= _READ
         self._watch(conn, events)
 
@@ -2949,24 +3085,30 @@ class Loop(Routes):
                 and len(conn.out) >= self._max_write_buffer)
 
     def _serve(self, conn, mask):
-        """Do what an open connection was selected for."""
+        """Do what an open connection was selected for.
+
+        Returns whether anything came of it, for _guard.
+        """
+        done = False
         if conn.out is not None and mask & _WRITE:
-            self._flush(conn)
+            done = self._flush(conn)
         # Asked again: the batch is older than what handlers did meanwhile.
         if not (mask & _READ and conn.events & _READ):
-            return
+            return done
         # Once.  What is left is selected again, after the others.
         try:
             data = conn.sock.recv(self._recv_size)
-        except _AGAIN:
-            return
         except OSError as error:
-            self._end(conn, Cause.of_errno(error.errno))
-            return
+            number = _system_error(error).errno
+            if isinstance(error, _AGAIN):
+                return done
+            self._end(conn, Cause.of_errno(number))
+            return True
         if data:
             self._receive(conn, data)
         else:
             self._end_of_stream(conn)
+        return True
 
     def _receive(self, conn, data):
         """Take what came from the peer."""
@@ -2981,14 +3123,12 @@ class Loop(Routes):
         """The peer has sent FIN: all before it has been delivered."""
         layer, payload, detail = conn.layer, None, "FIN from the peer"
         if layer is not None:
-            try:
-                payload = layer.finish()
-            except Exception as error:
-                self._framing_failed(conn, error)
+            payload = self._ask(conn, layer.finish)
+            if payload is _FAILED:
                 return
             detail = layer.closed or detail
         if payload is not None and conn.opened:
-            self._message(conn, conn.message(self, conn, payload))
+            self._hand_over(conn, payload)
         self._conclude(conn, Cause("eof", None, detail))
 
     def _deliver(self, conn, data=b""):
@@ -2998,47 +3138,66 @@ class Loop(Routes):
         closed the connection or has queued more than it may; _flush comes
         back when the queue is shorter.
         """
-        layer = conn.layer
-        count, anew = 0, False
+        layer, count, anew = conn.layer, 0, False
         try:
-            if data:
-                layer.receive(data)
-                if layer.output or not conn.opened:
-                    self._greeted(conn)
+            if data and self._ask(conn, layer.receive, data) is _FAILED:
+                return
+            if data and (layer.output or not conn.opened):
+                self._greeted(conn)
             while conn.phase in _RECEIVING and not self._over(conn):
                 if count == _SHARE:
                     if anew:
                         conn.work_due = NEVER
                     self._postpone(conn)
                     break
-                payload = layer.next_message()
-                if layer.output or not conn.opened:
+                try:
+                    payload = layer.next_message()
+                    news = layer.output or not conn.opened
+                    if payload is None:
+                        closed, partial = layer.closed, layer.partial
+                    elif payload is SKIPPED:
+                        anew = anew or not layer.amid
+                except BaseException as error:
+                    self._framing_failed(conn, _program_error(error))
+                    break
+                if news:
                     self._greeted(conn)
-                    if conn.phase not in _RECEIVING:
-                        break
+                if conn.phase not in _RECEIVING:
+                    break
                 if payload is None:
-                    if layer.closed:
+                    if closed:
                         self._end_of_stream(conn)
                     else:
-                        self._time_message(conn, layer.partial, anew)
+                        self._time_message(conn, partial, anew)
                     break
                 count += 1
-                if payload is SKIPPED:
-                    anew = anew or not layer.amid
-                else:
+                if payload is not SKIPPED:
                     anew = True
-                    self._message(conn, conn.message(self, conn, payload))
-        except Exception as error:
-            self._framing_failed(conn, error)
+                    self._hand_over(conn, payload)
         except BaseException:
             self._postpone(conn)  # Ctrl-C in a handler loses no message
             raise
+
+    def _hand_over(self, conn, payload):
+        """Make a message of a payload and hand it to its route."""
+        msg = self._ask(conn, conn.message, self, conn, payload)
+        if msg is not _FAILED and conn.phase in _RECEIVING:
+            self._message(conn, msg)
+
+    def _ask(self, conn, call, *args):
+        """Call a framing; return what it returns, or _FAILED at its end."""
+        try:
+            return call(*args)
+        except BaseException as error:
+            self._framing_failed(conn, _program_error(error))
+            return _FAILED
 
     def _greeted(self, conn):
         """Send what a framing has to say; its handshake may be done."""
         self._speak(conn)
         # None: a callback of the TLS context has closed it.
-        if not conn.opened and conn.layer is not None and conn.layer.opened:
+        if (not conn.opened and conn.layer is not None
+                and self._ask(conn, getattr, conn.layer, "opened") is True):
             self._open(conn)
             self._tell()
 
@@ -3049,7 +3208,6 @@ class Loop(Routes):
             log.error("conid %d: framing %s raised", conn.conid,
                       conn.stack.name, exc_info=error)
             detail = f"the framing raised {error!r}"
-        self._speak(conn)
         self._conclude(conn, Cause("protocol", None, detail))
 
     def _time_message(self, conn, partial, is_new=False):
@@ -3073,7 +3231,7 @@ class Loop(Routes):
     def _speak(self, conn):
         """Send what a framing has to say by itself."""
         layer = conn.layer
-        if layer is not None and layer.output:
+        if conn.phase in _READING and layer is not None and layer.output:
             data = bytes(layer.output)
             layer.output.clear()
             self._write(conn, data)
@@ -3091,6 +3249,8 @@ class Loop(Routes):
             return _FAILURE
         if layer is not None or type(payload) is str:
             payload = self._encode(conn, payload)
+            if conn.phase is not Phase.OPEN:
+                return _FAILURE  # the framing has closed it
         return _SUCCESS if self._write(conn, payload) else _FAILURE
 
     def _send_early(self, conn, payload):
@@ -3115,45 +3275,39 @@ class Loop(Routes):
         return payload if layer is None else layer.encode(payload)
 
     def _write(self, conn, data):
-        """Send bytes, queue what the kernel does not take.
-
-        Returns whether the connection still stands.
-        """
+        """Send or queue bytes; return whether the connection stands."""
         sent = 0
-        if conn.phase is Phase.DOOMED:
-            return False
         if conn.out is None and data:
             try:
                 sent = conn.sock.send(data, _NOSIGNAL)
             except OSError as error:
-                if error.errno not in _NOT_NOW:
-                    self._doom(conn, Cause.of_errno(error.errno))
+                number = _system_error(error).errno
+                if number not in _NOT_NOW:
+                    self._doom(conn, Cause.of_errno(number))
                     return False
             else:
                 conn.bytes_out += sent
                 conn.active = self._clock()
         if sent < len(data):
-            self._queue(conn, data, sent)
+            if conn.out is not None:
+                conn.out += data
+            else:
+                conn.out = bytearray(memoryview(data)[sent:])
+                conn.send_due = self._clock() + self._send_timeout
+                self._arm(conn, conn.send_due)
+            self._rewatch(conn)
         return True
-
-    def _queue(self, conn, data, sent):
-        """Queue what the kernel has not taken of data."""
-        if conn.out is not None:
-            conn.out += data
-        else:
-            conn.out = bytearray(memoryview(data)[sent:])
-            conn.send_due = self._clock() + self._send_timeout
-            self._arm(conn, conn.send_due)
-        self._rewatch(conn)
 
     def _flush(self, conn, _mask=None):
         """Send what is queued, as much as the kernel takes."""
         try:
             sent = conn.sock.send(conn.out, _NOSIGNAL)
         except OSError as error:
-            if error.errno not in _NOT_NOW:
-                self._doom(conn, Cause.of_errno(error.errno))
-            return
+            number = _system_error(error).errno
+            if number in _NOT_NOW:
+                return False
+            self._doom(conn, Cause.of_errno(number))
+            return True
         was_over = self._over(conn)
         del conn.out[:sent]
         conn.bytes_out += sent
@@ -3164,10 +3318,11 @@ class Loop(Routes):
             conn.send_due = NEVER
             if conn.phase is Phase.CLOSING:
                 self._end(conn)
-                return
+                return True
         if was_over and not self._over(conn):
             self._postpone(conn)  # what the framing still holds goes first
         self._rewatch(conn)
+        return sent > 0
 
     # -- listeners and connect() ------------------------------------------
 
@@ -3185,75 +3340,83 @@ class Loop(Routes):
 
     def _accept(self, listener, _mask):
         """Accept what waits at a listener, a turn's share at the most."""
-        for count in range(_BATCH):
-            if self._live >= self._max_connections:
-                if not count:  # else: whether more wait is not known yet
-                    self._rest(listener, "max_connections reached")
-                return
+        done = False
+        for _ in range(_BATCH):
             try:
+                if self._live >= self._max_connections:
+                    if done:
+                        break  # whether more wait is not known yet
+                    raise OSError(errno.EMFILE, "max_connections reached")
                 sock, peer = listener.sock.accept()
-            except _AGAIN:
-                return
             except OSError as error:
-                if error.errno in _FULL:
-                    self._rest(listener, error.strerror)
-                    return
-                if error.errno in _BROKEN:
+                number = _system_error(error).errno
+                if isinstance(error, _AGAIN):
+                    break
+                if number in _FULL:
+                    self._refused += 1
+                    self._rest(listener, "accepts nothing for now:"
+                               f" {error.strerror}")
+                elif number in _BROKEN:
                     log.error("conid %d stops listening: %s", listener.conid,
                               error.strerror)
-                    self._end(listener, Cause.of_errno(error.errno))
-                    return
-                log.debug("accept: %s", error.strerror)  # that peer's, gone
-            else:
-                self._admit(listener, sock, peer)
+                    self._end(listener, Cause.of_errno(number))
+                else:  # of that peer, which is gone
+                    log.debug("accept: %s", error.strerror)
+                    break
+                return True
+            done = True
+            self._admit(listener, sock, peer)
+        return done
 
     def _admit(self, listener, sock, peer):
         """Make an accepted socket a connection."""
         try:
             layer = listener.stack.build(self._max_message, client=False)
-            sock.setblocking(False)
-            local = listener.local
-            if local[0] in _EVERY_ADDRESS:
-                local = sock.getsockname()
-        except Exception:
-            log.exception("conid %d: an accepted connection is dropped",
-                          listener.conid)
+        except BaseException as error:
             sock.close()
+            self._log_raised(listener, "the framing", error)
             return
+        local = listener.local
         try:
+            sock.setblocking(False)
+            if local[0] in _EVERY_ADDRESS:
+                local = _peer_key(sock.getsockname())
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        except OSError:
-            pass  # macOS: EINVAL if reset by now
-        self._greet(self._begin(sock, Phase.OPENING, "accept",
-                                listener.stack, layer, peer, local))
+        except BaseException as error:
+            if not isinstance(error, OSError) or _is_signal(error):
+                sock.close()
+                raise  # else it is reset by now; macOS says EINVAL
+        conn = self._begin(sock, Phase.OPENING, "accept", listener.stack,
+                           layer, _peer_key(peer), local)
+        try:
+            self._greet(conn)
+        except Exception as error:
+            self._fault(conn, error)
+            raise
 
-    def _rest(self, listener, why):
-        """Let a listener rest: it would be selected for ever and in vain."""
-        self._refused += 1
+    def _rest(self, owner, text):
+        """Do not select an owner for a while: it would be ready in vain."""
         now = self._clock()
-        if now >= self._complain_at:
-            log.warning("conid %d accepts nothing for now: %s",
-                        listener.conid, why)
+        if now >= self._complain_at:  # a line a second at the most
+            log.warning("conid %d %s", owner.conid, text)
             self._complain_at = now + 1
-        self._watch(listener, 0)
-        self._resting.append(listener)
-        # Descriptors may come free anywhere in the process.
-        listener.work_due = now + _REST
-        self._arm(listener, listener.work_due)
+        self._watch(owner, 0)
+        self._resting.append(owner)
+        self._rest_until = now + _REST
 
-    def _resume(self):
-        """Let the listeners try again: there may be room."""
-        resting, self._resting = self._resting, []
-        for listener in resting:
-            if listener.phase is Phase.LISTENING:
-                listener.work_due = NEVER
-                self._watch(listener, _READ)
+    def _resume(self, owners):
+        """Select owners that rest again: listeners at every end, since there
+        may be room, all in a while: descriptors come free elsewhere, too.
+        """
+        self._resting = [owner for owner in self._resting
+                         if owner not in owners]
+        for owner in owners:
+            self._rewatch(owner)
 
     @staticmethod
     def _socket_for(addresses):
-        """Return (socket to connect with, address, the addresses left).
-
-        Raises OSError where the system has a socket for none of them.
+        """Return (socket to connect with, address, the addresses left), or
+        raise OSError: the system has a socket for none of them.
         """
         failure = OSError(errno.EADDRNOTAVAIL, "no address is left")
         for count, (family, address) in enumerate(addresses, 1):
@@ -3267,31 +3430,24 @@ class Loop(Routes):
             return sock, address, addresses[count:]
         raise failure
 
-    def _start_connect(self, conn):
-        """Connect to the peer; if that fails at once, to the next address."""
-        while True:
-            number = conn.sock.connect_ex(conn.peer)
-            if number in _IN_PROGRESS:
-                conn.local = conn.sock.getsockname()
-                self._watch(conn, _WRITE)
-                return
-            if not self._next_address(conn):
+    def _go_on_connecting(self, conn, number):
+        """Wait for connect(), or try the next address after its errno."""
+        while number not in _IN_PROGRESS:
+            try:
+                sock, address, rest = self._socket_for(conn.candidates)
+            except OSError as error:
+                _system_error(error)
                 self._doom(conn, Cause.of_errno(number, connecting=True))
                 return
-
-    def _next_address(self, conn):
-        """Take the next address that connect() found; return if there is."""
-        try:
-            sock, address, rest = self._socket_for(conn.candidates)
-        except OSError:
-            return False
-        self._watch(conn, 0)
-        self._close_socket(conn)
-        self._table.remove_peer(conn)
-        conn.candidates = rest
-        conn.bind(sock, address, ("", 0))
-        self._table.add_peer(conn)
-        return True
+            self._watch(conn, 0)
+            self._close_socket(conn, conn.phase)
+            self._table.remove_peer(conn)
+            conn.candidates = rest
+            conn.sock, conn.peer = sock, _peer_key(address)
+            self._table.add_peer(conn)
+            number = sock.connect_ex(address)
+        conn.local = _peer_key(conn.sock.getsockname())
+        self._watch(conn, _WRITE)
 
     def _connect_done(self, conn, _mask):
         """A connect() may have ended, one way or the other."""
@@ -3299,48 +3455,57 @@ class Loop(Routes):
         if state is State.OK or number is None:
             number = 0
             try:
-                conn.sock.getpeername()
-            except OSError:
-                return  # not yet: the batch speaks of an address before
+                itself = conn.sock.getpeername() == conn.sock.getsockname()
+            except OSError as error:
+                _system_error(error)
+                return False  # not yet: the batch is about an address before
+            if itself:
+                # Nobody listens, and the kernel took that very port as ours:
+                # TCP connects a socket with itself (RFC 9293, 3.5).
+                number = errno.ECONNREFUSED
+                conn.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
+                                     _LINGER_RESET)
         self._connect_result(conn, number)
+        return True
 
     def _connect_result(self, conn, number):
         """Go on with the errno that a connect() has ended with, or 0."""
-        if number in (0, errno.EPIPE, errno.ECONNRESET):
-            # Connected, and perhaps ended since: FIN and RST, or an RST,
-            # maybe with data before.  In the handshake it is ECONNREFUSED.
-            conn.local = conn.sock.getsockname()
-            self._enter(conn, Phase.OPENING)
-            self._greet(conn)
-            if number:
-                self._doom(conn, Cause.of_errno(number))
-        elif self._next_address(conn):
-            self._start_connect(conn)
-        else:
-            self._doom(conn, Cause.of_errno(number, connecting=True))
+        if number not in (0, errno.EPIPE, errno.ECONNRESET):
+            self._go_on_connecting(conn, number)
+            return
+        # Connected, and perhaps ended since: FIN and RST, or an RST, maybe
+        # with data before.  In the handshake it is ECONNREFUSED.
+        conn.local = _peer_key(conn.sock.getsockname())
+        self._enter(conn, Phase.OPENING)
+        if number:  # before anything is sent: send() would say EPIPE
+            self._doom(conn, Cause.of_errno(number))
+        self._greet(conn)
 
     # -- deadlines --------------------------------------------------------
 
     def _expire(self, now):
-        """Handle the deadlines that have come up; return how many had."""
+        """Fire the deadlines that are due; return how many were."""
         handled = 0
         for _ in range(_BATCH):
             conn = self._deadlines.pop(now)
             if conn is None:
                 break
-            if conn.due() <= now:
-                self._come_due(conn, now)
-                handled += 1
-            if conn.phase not in (Phase.DOOMED, Phase.ENDED):
-                self._deadlines.arm(conn, conn.due())
+            try:
+                if conn.due() <= now:
+                    self._come_due(conn, now)
+                    handled += 1
+            except Exception as error:
+                self._fault(conn, error)
+                raise
+            finally:
+                if conn.phase not in (Phase.DOOMED, Phase.ENDED):
+                    self._deadlines.arm(conn, conn.due())
         return handled
 
     def _come_due(self, conn, now):
         """The earliest of a connection's deadlines has come up."""
         due = conn.due()
-        if conn.phase is Phase.LISTENING:
-            self._resume()
-        elif due == conn.work_due and conn.phase is Phase.CONNECTING:
+        if due == conn.work_due and conn.phase is Phase.CONNECTING:
             self._expired(conn, "connect", "no answer in"
                           f" {self._connect_timeout:g} s", errno.ETIMEDOUT)
         elif due == conn.work_due:
@@ -3359,11 +3524,15 @@ class Loop(Routes):
     def _expired(self, conn, reason, detail, number=None):
         """End a connection for a deadline, unless its socket knows better.
 
-        Where reading was paused, a FIN or an RST may have come before.
+        Where reading was paused, a FIN or an RST may have come before.  And a
+        turn reads 64 kB at the most: there may be more of a message.
         """
-        if (conn.phase in (Phase.OPENING, Phase.OPEN)
-                and self._probe(conn) is _EOF and not conn.out):
-            self._doom(conn, conn.cause)  # what came before it is delivered
+        if conn.phase in (Phase.OPENING, Phase.OPEN):
+            state, unread = self._probe(conn)
+            if state is _EOF and not conn.out:
+                self._doom(conn, conn.cause)  # what came before is delivered
+            elif unread and reason == "message" and conn.events & _READ:
+                return
         if conn.phase is not Phase.DOOMED:
             self._end(conn, Cause(reason, number, detail))
 
@@ -3398,21 +3567,25 @@ class Loop(Routes):
         if conn.forgotten:
             return State.NOT_FOUND
         if conn.cause is None:
-            return self._probe(conn)
-        if conn.phase is Phase.DOOMED and conn.cause.errno in _NO_SOCKET:
+            return self._probe(conn)[0]
+        if conn.cause.errno in _NO_SOCKET and conn.phase is not Phase.ENDED:
             return State.BAD
         return conn.cause.state
 
     def _probe(self, conn):
-        """Probe a socket and latch what is found: probing has consumed it."""
-        state, number, waiting = _look(conn.sock)
+        """Return (State, whether bytes wait to be read) of a connection.
+
+        What is found is kept: the probe has consumed it.
+        """
+        state, number, unread = _look(conn.sock)
         fatal = number is not None and state is not _OK
         if conn.phase is Phase.CONNECTING:
             # Until the loop has taken notice, also if it has just succeeded.
-            if not fatal:
-                return State.CONNECT
-            self._connect_result(conn, number)
-            return State.CONNECT if conn.cause is None else self._state(conn)
+            if fatal:
+                self._connect_result(conn, number)
+            if conn.cause is None:
+                return State.CONNECT, False
+            return self._state(conn), False
         if number:
             conn.soft_error = number
         if fatal:
@@ -3420,30 +3593,22 @@ class Loop(Routes):
         elif state is _EOF:
             conn.cause = Cause("eof", None, "FIN from the peer")
         elif conn.phase is Phase.OPENING:
-            return (State.CONNECT if conn.origin == "connect"
-                    else State.ACCEPT)
-        elif (conn.origin == "accept" and not waiting
+            state = (State.CONNECT if conn.origin == "connect"
+                     else State.ACCEPT)
+        elif (conn.origin == "accept" and not unread
               and not conn.bytes_in and not conn.bytes_out):
-            return State.ACCEPT
-        return state
+            state = State.ACCEPT
+        return state, unread
 
     def _last_look(self, conn):
         """Before we end a connection: an RST that has come is the reason.
 
-        A FIN is not, unless somebody has seen it: it leaves the connection to
-        us, and what came before it is not delivered any more.
+        A FIN is not, unless it was seen: the connection is ours to end then.
         """
         if conn.cause is None:
             self._state(conn)
             if conn.phase in (Phase.OPENING, Phase.OPEN):
                 conn.cause = None
-
-    def _kernel_keepalive(self, conn):
-        """Return the Keepalive that the kernel has, None where it has none."""
-        try:
-            return get_keepalive(conn.sock)
-        except OSError:
-            return None
 
 # ---------------------------------------------------------------------------
 # 15. The functions of the specification
@@ -3451,25 +3616,33 @@ class Loop(Routes):
 # In the specification's order.  They never raise on what a caller passes: a
 # wrong value or a conid that is of no use is one log line and -1, and nothing
 # has been changed.  _script_function is the border; behind it, everything
-# raises.  Two of them only ask (tcp_conid_alive, tcp_conid_state), and for
-# those the answer "no such connection" is no failure and no log line.
+# raises, and a fault of ours goes through it.  Where "[conid]" is left out it
+# is the connection of the message, or event, in hand.  Two of them only ask
+# (tcp_conid_alive, tcp_conid_state), and for those the answer "no such
+# connection" is no failure and no log line.
 # ---------------------------------------------------------------------------
 
 
 def _script_function(takes, failure=Result.FAILURE, name=None):
-    """Decorator: what the function raises is a log line and this value."""
+    """Decorator: a wrong argument, and what the system refuses, is a log line
+    and this value.  takes names the parameters.
+    """
+    names = re.findall("[a-z]+", takes)
+
     def decorate(function):
         @functools.wraps(function)
-        def script_function(*args, **named):
+        def script_function(self, *args, **named):
             try:
-                return function(*args, **named)
-            except TypeError:
-                reason = f"takes ({takes})"
-            except (ValueError, OSError, RuntimeError) as error:
-                reason = error
+                if named or len(args) != len(names):
+                    args = _arguments(takes, names, args, named)
+                return function(self, *args)
+            except (_ArgumentError, OSError) as error:
+                reason = _system_error(error)
             log.warning("%s: %s", name or function.__name__, reason)
             return failure
         script_function.takes = takes
+        script_function.__doc__ = (f"{function.__name__}({takes}).\n\n"
+                                   f"        {function.__doc__}")
         return script_function
     return decorate
 
@@ -3512,8 +3685,8 @@ class TcpOps(Loop):
             return self._table.get(conid)
         if conid is _CURRENT:
             if self._current is None:
-                raise ValueError("no conid is given, and no message or event"
-                                 " is being handled")
+                raise _ArgumentError("no conid is given, and no message or"
+                                     " event is being handled")
             return self._current
         return self._table.get(
             _number(conid, "conid", -NEVER, NEVER, whole=True))
@@ -3522,17 +3695,17 @@ class TcpOps(Loop):
         """Return the live connection of a conid, or raise ValueError."""
         conn = self._known(conid)
         if conn is None:
-            raise ValueError(f"there is no connection {conid}")
+            raise _ArgumentError(f"there is no connection {conid}")
         if conn.phase in _LIVE and not conn.forgotten:
             return conn
         if conn.phase is Phase.LISTENING:
-            raise ValueError(f"conid {conid} is a listener, no connection")
-        raise ValueError(f"connection {conn.conid} is ending")
+            raise _ArgumentError(f"conid {conid} is a listener, no connection")
+        raise _ArgumentError(f"connection {conn.conid} is ending")
 
     # -- spec 3.1 to 3.6 --------------------------------------------------
 
     @_script_function("[conid]")
-    def tcp_conid_alive(self, conid=_CURRENT):
+    def tcp_conid_alive(self, conid):
         """Return SUCCESS if a connection is usable, or a listener.  Spec: 3.1.
 
         FAILURE: it has errors, does not exist or is about to be closed.
@@ -3542,7 +3715,7 @@ class TcpOps(Loop):
                 else Result.FAILURE)
 
     @_script_function("[conid]", State.NOT_FOUND)
-    def tcp_conid_state(self, conid=_CURRENT):
+    def tcp_conid_state(self, conid):
         """Return a connection's State, as a probe finds it now.  Spec: 3.2.
 
         In the handler of its end: EOF after an eof, NOT_FOUND after a close
@@ -3552,8 +3725,8 @@ class TcpOps(Loop):
         return State.NOT_FOUND if conn is None else self._state(conn)
 
     @_script_function("[conid], idle, count, interval")
-    def tcp_keepalive_enable(self, *args, **named):
-        """tcp_keepalive_enable([conid], idle, count, interval).  Spec: 3.3.
+    def tcp_keepalive_enable(self, conid, idle, count, interval):
+        """Turn keepalive on.  Spec: 3.3.
 
         idle: seconds of silence before the first probe; count: unanswered
         probes before the connection is reset; interval: seconds between two
@@ -3561,12 +3734,11 @@ class TcpOps(Loop):
         asked, ends the connection with the reason "keepalive", also with data
         in flight.  All settings are made or, with FAILURE, none.
         """
-        names = ("conid", *Keepalive._fields)
-        conid, *values = _arguments(names, args, named)
         conn = self._usable(conid)
         keepalive = Keepalive(*(
             _number(value, name, 1, _MAX_SECONDS, whole=True)
-            for name, value in zip(Keepalive._fields, values)))
+            for name, value in zip(Keepalive._fields,
+                                   (idle, count, interval))))
         set_keepalive(conn.sock, keepalive)
         if keepalive == self._last_keepalive:
             keepalive = self._last_keepalive  # one object for all alike
@@ -3577,7 +3749,7 @@ class TcpOps(Loop):
         return Result.SUCCESS
 
     @_script_function("[conid]")
-    def tcp_keepalive_disable(self, conid=_CURRENT):
+    def tcp_keepalive_disable(self, conid):
         """Turn keepalive off.  Spec: 3.4."""
         conn = self._usable(conid)
         clear_keepalive(conn.sock)
@@ -3585,13 +3757,12 @@ class TcpOps(Loop):
         return Result.SUCCESS
 
     @_script_function("[conid], lifetime")
-    def tcp_set_connection_lifetime(self, *args, **named):
-        """tcp_set_connection_lifetime([conid], lifetime).  Spec: 3.5.
+    def tcp_set_connection_lifetime(self, conid, lifetime):
+        """Set the seconds for which a connection may be idle.  Spec: 3.5.
 
-        The seconds for which the connection may be idle: bytes received or
-        sent renew it.  It counts from now; 0 expires in the loop's next turn.
+        Bytes received or sent renew it.  It counts from now; 0 expires in the
+        loop's next turn.
         """
-        conid, lifetime = _arguments(("conid", "lifetime"), args, named)
         conn = self._usable(conid)
         conn.lifetime = _number(lifetime, "lifetime", 0, _MAX_SECONDS)
         conn.active = self._clock()
@@ -3599,21 +3770,21 @@ class TcpOps(Loop):
         return _SUCCESS
 
     @_script_function("[conid]")
-    def tcp_enable_closed_event(self, conid=_CURRENT):
+    def tcp_enable_closed_event(self, conid):
         """Have the end of a connection told if closed_event is 2.  Spec: 3.6.
 
         Without a conid FAILURE unless closed_event is 2, as in the original.
         """
         if conid is _CURRENT and self.closed_event != 2:
-            raise ValueError("without a conid it needs closed_event 2, not"
-                             f" {self.closed_event}")
+            raise _ArgumentError("without a conid it needs closed_event 2,"
+                                 f" not {self.closed_event}")
         self._usable(conid).wants_event = True
         return Result.SUCCESS
 
     # -- of the original's later releases ---------------------------------
 
     @_script_function("[conid]")
-    def tcp_close_connection(self, conid=_CURRENT):
+    def tcp_close_connection(self, conid):
         """Close a connection, or a listener.
 
         What is queued is sent first, within send_timeout, or its lifetime if
@@ -3637,13 +3808,13 @@ class TcpOps(Loop):
         address is as for parse_address; a name in it blocks on its look-up.
         Of several connections with that peer it is the youngest.
         """
-        conn = self._peer(*parse_address(address))
+        conn = self._peer(*_parse_uri(address))
         return Result.FAILURE if conn is None else conn.conid
 
     @_script_function("address")
     def tcp_con_alive(self, address):
         """Return SUCCESS if there is a usable connection with a peer."""
-        conn = self._peer(*parse_address(address))
+        conn = self._peer(*_parse_uri(address))
         return (Result.SUCCESS if conn is not None and self._state(conn)
                 else Result.FAILURE)
 
@@ -3671,11 +3842,11 @@ class TcpOps(Loop):
 
     def _check_in_message(self):
         if self._current is None or self._event is not None:
-            raise ValueError("only in the handler of a message")
+            raise _ArgumentError("only in the handler of a message")
 
-    def _peer(self, host, port):
+    def _peer(self, host, port, protos):
         """Return the youngest connection with a peer, or None."""
-        found = (self._table.find_peer(*address[:2])
+        found = (self._table.find_peer(_peer_key(address), protos)
                  for _, address in _resolve(host, port))
         return next((conn for conn in found if conn is not None), None)
 
@@ -3695,7 +3866,7 @@ class TcpOps(Loop):
         return (Result.FAILURE if conn is None
                 else self._send_on(conn, payload))
 
-    @_script_function("conid, payload", None, "send")
+    @_script_function("conid", None, "send")
     def _found(self, conid):
         """Return a live connection, or None after a log line."""
         return self._usable(conid)
@@ -3705,27 +3876,33 @@ class TcpOps(Loop):
 
         On the connection that tcp_set_otcpid names, if it was told to; else
         on one with that peer if there is one; else on a new one, with the
-        framing of the current message, without TLS (so not for sips:).
-        address is as for parse_address.  Raises TypeError for a payload that
-        is neither bytes nor str.
+        framing of the current message.  Where a URI asks for TLS or names a
+        transport, only on such a connection; and it makes none but of plain
+        TCP.  address is as for parse_address.  Raises TypeError for a payload
+        that is neither bytes nor str.
         """
         payload = _payload(payload)
         conn = self._way_to(address)
         return (Result.FAILURE if conn is None
                 else self._send_on(conn, payload))
 
-    @_script_function("address, payload", None, "forward")
+    @_script_function("address", None, "forward")
     def _way_to(self, address):
         """Return the connection for forward, or None after a log line."""
-        host, port = parse_address(address)
+        host, port, protos = _parse_uri(address)
         if self._use_otcpid and self._otcpid is not None:
-            return self._usable(self._otcpid)
-        conn = self._peer(host, port)
-        secure = address[:5].lower() == "sips:"
-        if secure and (conn is None or conn.proto not in ("tls", "wss")):
-            raise ValueError(f"there is no TLS connection to {address}, and"
-                             " forward makes none")
+            conn = self._usable(self._otcpid)
+        else:
+            conn = self._peer(host, port, protos)
+        proto = "tcp" if conn is None else conn.proto
+        if protos is not None and proto not in protos:
+            raise _ArgumentError(f"there is no connection to {address} with"
+                                 " its transport, and forward makes none")
         if conn is None:
+            try:
+                self._check_taking()
+            except RuntimeError as error:
+                raise _ArgumentError(error) from None
             framing = "raw" if self._current is None else (
                 self._current.stack.factory or "raw")
             conn = self._table.get(self.connect(host, port, framing=framing))
@@ -4310,6 +4487,17 @@ def _at_terminal():
         return False
 
 
+def _is_ignored(number):
+    """Whether a signal is ignored, as nohup has it; PyPy's getsignal is not
+    told of what a process inherits.
+    """
+    with contextlib.suppress(OSError, ValueError, IndexError), open(
+            "/proc/self/status", encoding="ascii") as status:
+        mask = int(status.read().split("SigIgn:")[1].split()[0], 16)
+        return bool(mask >> (number - 1) & 1)
+    return signal.getsignal(number) is signal.SIG_IGN  # pragma: no cover
+
+
 def _no_password():
     raise ValueError("its key asks for a password")
 
@@ -4394,7 +4582,7 @@ class _Program:
             for address in addresses or ():
                 try:
                     conid = method(*address, framing=options.framing, tls=tls)
-                except (OSError, UnicodeError) as error:
+                except (OSError, ValueError) as error:
                     raise _Failure(f"cannot {what} {_format_address(address)}:"
                                    f" {_reason(error)}") from None
                 self._display.started(what, ops.connection(conid), console)
@@ -4424,7 +4612,7 @@ class _Program:
 
         numbers = {signal.SIGINT, signal.SIGTERM}
         hangup = getattr(signal, "SIGHUP", signal.SIGTERM)
-        if signal.getsignal(hangup) is not signal.SIG_IGN:  # as nohup has it
+        if not _is_ignored(hangup):
             numbers.add(hangup)
         before = {number: signal.signal(number, handle) for number in numbers}
         try:
@@ -4519,3 +4707,31 @@ def main(argv=None):
 
 if __name__ == "__main__":
     sys.exit(main())
+
+# ---------------------------------------------------------------------------
+# The licence, which every copy has to keep: BSD-2-Clause
+# ---------------------------------------------------------------------------
+#
+# Copyright (c) 2026, the tcpops authors
+#
+# Redistribution and use in source and binary forms, with or without
+# modification, are permitted provided that the following conditions are met:
+#
+#  1. Redistributions of source code must retain the above copyright notice,
+#     this list of conditions and the following disclaimer.
+#
+#  2. Redistributions in binary form must reproduce the above copyright notice,
+#     this list of conditions and the following disclaimer in the documentation
+#     and/or other materials provided with the distribution.
+#
+# THIS SOFTWARE IS PROVIDED BY THE COPYRIGHT HOLDERS AND CONTRIBUTORS "AS IS"
+# AND ANY EXPRESS OR IMPLIED WARRANTIES, INCLUDING, BUT NOT LIMITED TO, THE
+# IMPLIED WARRANTIES OF MERCHANTABILITY AND FITNESS FOR A PARTICULAR PURPOSE
+# ARE DISCLAIMED. IN NO EVENT SHALL THE COPYRIGHT HOLDER OR CONTRIBUTORS BE
+# LIABLE FOR ANY DIRECT, INDIRECT, INCIDENTAL, SPECIAL, EXEMPLARY, OR
+# CONSEQUENTIAL DAMAGES (INCLUDING, BUT NOT LIMITED TO, PROCUREMENT OF
+# SUBSTITUTE GOODS OR SERVICES; LOSS OF USE, DATA, OR PROFITS; OR BUSINESS
+# INTERRUPTION) HOWEVER CAUSED AND ON ANY THEORY OF LIABILITY, WHETHER IN
+# CONTRACT, STRICT LIABILITY, OR TORT (INCLUDING NEGLIGENCE OR OTHERWISE)
+# ARISING IN ANY WAY OUT OF THE USE OF THIS SOFTWARE, EVEN IF ADVISED OF THE
+# POSSIBILITY OF SUCH DAMAGE.

@@ -11,11 +11,13 @@ test is marked real_time and is short.
 """
 
 import ast
+import asyncio
 import contextlib
 import ctypes
 import errno
 import fnmatch
 import fractions
+import functools
 import gc
 import importlib.util
 import json
@@ -50,10 +52,14 @@ import tcpops
 from tcpops import Keepalive, Result, State
 
 HERE = Path(__file__).parent
+sys.path.append(str(HERE / "examples"))
+from vanish import vanish, where
+
 SOURCE = (HERE / "tcpops.py").read_text(encoding="utf-8")
 TREE = ast.parse(SOURCE)
 CERTIFICATE = str(HERE / "examples" / "localhost.pem")
 LINUX = sys.platform.startswith("linux")
+PYPY = sys.implementation.name == "pypy"
 real_time = pytest.mark.real_time
 
 
@@ -67,6 +73,57 @@ def needs(program):
         reason=f"there is no {program}")
 
 
+def resolves(name):
+    """Say whether this machine knows an address of that name."""
+    try:
+        return bool(socket.getaddrinfo(name, 0))
+    except OSError:
+        return False
+
+
+needs_localhost = pytest.mark.skipif(
+    not resolves("localhost"), reason="this machine knows no localhost")
+
+
+@functools.lru_cache(None)
+def why_nobody_vanishes():
+    """Return why vanish() cannot be had here, or an empty string."""
+    try:
+        return where() and "only root may have the kernel drop what comes in"
+    except OSError as error:
+        return str(error)
+
+
+def as_root(why_not):
+    """Decorate a test that an ordinary user can run as the root of a network
+    of their own: there it runs, in another pytest, if why_not() says why it
+    cannot run here.
+    """
+    def decorate(test):
+        @functools.wraps(test)
+        def wrapped(*args, **fixtures):
+            reason = why_not()
+            if not reason:
+                return test(*args, **fixtures)
+            try:
+                words = where()
+            except OSError as error:
+                pytest.skip(str(error))
+            if not words:
+                pytest.skip(reason)
+            name = os.environ["PYTEST_CURRENT_TEST"].rpartition(" ")[0]
+            done = subprocess.run(
+                [*words, sys.executable, "-m", "pytest", "-p",
+                 "no:cacheprovider", name], cwd=HERE, capture_output=True,
+                text=True, timeout=100)
+            assert done.returncode == 0, done.stdout + done.stderr
+            skipped = re.search("^SKIPPED.*", done.stdout, re.M)
+            if skipped:
+                pytest.skip(skipped[0])
+        return wrapped
+    return decorate
+
+
 def free_port():
     """Return a port that is free, and the next is, too: none of those that
     the kernel gives to whoever connects.
@@ -77,6 +134,13 @@ def free_port():
                 socket.create_server(("127.0.0.1", number)).close()
             return port
     raise AssertionError("no port is free")
+
+
+def quiet(ops):
+    """Within a few turns nothing is ready, and nothing keeps the loop busy."""
+    for _ in range(2 * tcpops._SPIN):
+        ops.step(0)
+    assert select.select([ops.fileno()], [], [], 0)[0] == []
 
 
 class FakeClock:
@@ -102,7 +166,8 @@ class FakeSelector(selectors.DefaultSelector):
 
     def select(self, timeout=None):
         assert timeout is not None, "this would wait for ever"
-        self.waits.append(timeout)
+        if timeout:  # else it is a second look, where a deadline is due
+            self.waits.append(timeout)
         self.clock.advance(timeout)
         return []
 
@@ -219,6 +284,30 @@ def no_sleep(monkeypatch):
     monkeypatch.setattr(time, "sleep", sleep)
 
 
+@pytest.fixture(autouse=True)
+def localhost(monkeypatch):
+    """Whatever /etc/hosts says, "localhost" is where the listeners are."""
+    real = socket.getaddrinfo
+
+    def getaddrinfo(host, *args, **how):
+        return real("127.0.0.1" if host == "localhost" else host, *args, **how)
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+
+
+@pytest.fixture
+def descriptors():
+    """Let this process, and those that it starts, have as many descriptors
+    as the system allows, 10,000 at the most; how many that are.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    unlimited = resource.RLIM_INFINITY
+    count = 10000 if hard == unlimited else min(hard, 10000)
+    if soft != unlimited and soft < count:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
+    yield count
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
 @pytest.fixture
 def make_world():
     """Return a maker of worlds that leave nothing behind."""
@@ -263,13 +352,6 @@ def rst(sock):
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
                     struct.pack("ii", 1, 0))
     sock.close()
-
-
-def vanish(sock):
-    """Make a peer vanish: its kernel drops every segment that comes in."""
-    drop = ctypes.create_string_buffer(struct.pack("HBBI", 0x06, 0, 0, 0))
-    program = struct.pack("HL", 1, ctypes.addressof(drop))
-    sock.setsockopt(socket.SOL_SOCKET, 26, program)  # SO_ATTACH_FILTER
 
 
 def tcp_pair():
@@ -371,6 +453,83 @@ class TestShape:
                               cwd=HERE).returncode == 0
 
 
+# -- a copy of the file alone -------------------------------------------------
+
+VENDORED = """
+import socket, sys
+import app.vendor.tcpops as absolute
+from app.relative import tcpops as relative
+from app.vendor import conids
+assert relative is absolute and "tcpops" not in sys.modules
+assert conids.TcpOps is not absolute.TcpOps
+ended, clients = [], []
+for module in (absolute, conids):
+    ops = module.TcpOps()
+    ops.request_route(lambda msg: msg.reply(msg.data.upper()))
+    ops.event_route("tcp:closed")(lambda event: ended.append(event))
+    info = ops.connection(ops.listen("127.0.0.1", 0))
+    clients.append((ops, socket.create_connection((info.Ri, info.Rp), 5)))
+for ops, client in clients:
+    client.sendall(ops.__class__.__module__.encode())
+    client.shutdown(socket.SHUT_WR)
+while len(ended) < 2:
+    for ops, client in clients:
+        ops.step(timeout=0.1)
+for ops, client in clients:
+    print(client.recv(100).decode(), ended.pop(0).reason)
+    client.close()
+    ops.close()
+"""
+
+
+class TestVendored:
+    """In somebody's package, alone: without this folder and its LICENSE."""
+
+    @pytest.fixture
+    def python(self, tmp_path, request):
+        """Return what runs Python with two copies, in a folder or a zip."""
+        vendor = tmp_path / "app" / "vendor"
+        vendor.mkdir(parents=True)
+        for path in (vendor.parent, vendor):
+            (path / "__init__.py").touch()
+        for name in ("tcpops.py", "conids.py"):
+            shutil.copy(HERE / "tcpops.py", vendor / name)
+        (tmp_path / "app" / "relative.py").write_text(
+            "from .vendor import tcpops\n")
+        home = tmp_path
+        if request.param == "zip":
+            home = Path(shutil.make_archive(
+                tmp_path / "all", "zip", tmp_path, "app"))
+            shutil.rmtree(tmp_path / "app")
+        # A copy is no part of what coverage looks at.
+        env = {name: value for name, value in os.environ.items()
+               if not name.startswith("COVERAGE")}
+        env["PYTHONPATH"] = str(home)
+
+        def run_it(*args):
+            done = subprocess.run(
+                [sys.executable, "-W", "error", *args], env=env, cwd=tmp_path,
+                capture_output=True, text=True, timeout=30)
+            assert (done.stderr, done.returncode) == ("", 0)
+            return done.stdout
+        return run_it
+
+    @pytest.mark.parametrize("python", ["folder", "zip"], indirect=True)
+    @pytest.mark.parametrize("flags", [[], ["-O"], ["-OO"]], ids=" ".join)
+    def test_two_copies_in_one_process(self, python, flags):
+        """Imported both ways, and under another name; each has its loop."""
+        assert python(*flags, "-c", VENDORED) == (
+            "APP.VENDOR.TCPOPS eof\nAPP.VENDOR.CONIDS eof\n")
+
+    @pytest.mark.parametrize("python", ["folder", "zip"], indirect=True)
+    @pytest.mark.parametrize("flags", [[], ["-OO"]], ids=" ".join)
+    def test_the_command(self, python, flags):
+        command = [*flags, "-m", "app.vendor.conids"]
+        assert python(*command, "--version") == (
+            f"tcpops {tcpops.__version__}\n")
+        assert "--listen" in python(*command, "--help")
+
+
 # -- the words: codes, events -------------------------------------------------
 
 
@@ -446,6 +605,42 @@ class TestAddresses:
     def test_anything_else_is_a_value_error(self, text):
         with pytest.raises(ValueError, match="address must be"):
             tcpops.parse_address(text)
+
+    @pytest.mark.parametrize("address, key", [
+        (("127.0.0.1", 5), ("127.0.0.1", 5)),
+        (("::1", 5, 0, 0), ("::1", 5)),
+        (("2001:db8::1", 5, 7, 0), ("2001:db8::1", 5)),
+        (("fe80::1", 5, 0, 1), ("fe80::1%lo", 5)),
+        (("fe80::1%lo", 5, 0, 1), ("fe80::1%lo", 5)),
+        (("fe80::1%1", 5, 0, 1), ("fe80::1%lo", 5)),
+        (("fe80::1%gone", 5, 0, 99999), ("fe80::1%99999", 5)),
+        (("fe80::1", 5, 0, 99999), ("fe80::1%99999", 5))])
+    @pytest.mark.skipif(not LINUX, reason="its loopback is lo, number 1")
+    def test_a_peer_is_known_with_its_zone(self, address, key):
+        assert tcpops._peer_key(address) == key
+
+    @pytest.mark.parametrize("uri, port", [
+        ("sip:h", 5060), ("sip:h;transport=tcp", 5060),
+        ("sip:h;transport=TLS", 5061), ("sip:h;Transport=ws", 80),
+        ("sip:h;lr;transport=wss;x", 443), ("sip:h;tr%61nsport=tl%73", 5061),
+        ("sip:h ;x", None), ("sip:h; transport = tls", 5061),
+        ("sips:h", 5061), ("sips:h;transport=tcp", 5061),
+        ("sips:h;transport=tls", 5061), ("sips:h;transport=ws", 443),
+        ("SIPS:h;TRANSPORT=WSS", 443), ("sip:h:9;transport=tls", 9),
+        ("sip:u;transport=udp@h", 5060), ("sip:h?transport=udp", 5060),
+        ("sip:h;transport=tls?a=;maddr=b", 5061), ("sip:h;x=transport", 5060),
+        ("sip:h;transport=udp", None), ("sip:h;transport=SCTP", None),
+        ("sip:h;transport=tls-sctp", None), ("sip:h;transport=quic", None),
+        ("sip:h;transport=u%64p", None), ("sips:h;transport=udp", None),
+        ("sip:h;maddr=10.0.0.1", None), ("sip:h;MAddr=h", None),
+        ("sip:h;m%61ddr=h", None), ("sips:h;transport=tls;maddr=h", None),
+        ("sip:h;transport=tcp;transport=tls", None)])
+    def test_the_transport_of_a_uri(self, uri, port):
+        if port is None:
+            with pytest.raises(ValueError, match="address must be"):
+                tcpops.parse_address(uri)
+        else:
+            assert tcpops.parse_address(uri) == ("h", port)
 
 
 class TestSettings:
@@ -570,6 +765,7 @@ class TestDeadlines:
             deadlines.disarm(owner)
         del owner
         del owners[1:]
+        gc.collect()
         assert sum(ref() is not None for ref in refs) <= 1 + 8 + 2
 
 
@@ -639,7 +835,9 @@ class ScriptedSocket(socket.socket):
 
     @classmethod
     def of(cls, sock, **script):
+        timeout = sock.gettimeout()
         new = cls(sock.family, sock.type, sock.proto, fileno=sock.detach())
+        new.settimeout(timeout)  # PyPy's waits otherwise
         new.script = script
         return new
 
@@ -1010,6 +1208,92 @@ class TestSpec_3:
         for name, function in every_function(world.ops).items():
             assert function(conid) == -1
 
+    @pytest.mark.parametrize("name", [*FUNCTIONS, "send", "forward",
+                                      "tcp_get_conid", "tcp_con_alive",
+                                      "tcp_set_otcpid", "tcp_set_otcpid_flag"])
+    @pytest.mark.parametrize("kind", [
+        TypeError, ValueError, RuntimeError, AssertionError, KeyError])
+    def test_a_fault_of_ours_is_nobody_s_argument(
+            self, make_world, logged, monkeypatch, name, kind):
+        """It is raised, whatever form the function was called in."""
+        error = kind("a bug")
+        world = make_world(closed_event=2)
+        ops = world.ops
+        sock, conid = world.client()
+
+        def fault(*_):
+            raise error
+        for inner in ("_known", "_peer", "_check_in_message"):
+            monkeypatch.setattr(ops, inner, fault)
+        others = {"send": (conid, b"x"), "forward": ("127.0.0.1:9", b"x"),
+                  "tcp_set_otcpid": (conid,), "tcp_set_otcpid_flag": (True,)}
+        function = every_function(ops).get(name)
+        calls = ([lambda: function(conid), function] if function else
+                 [lambda: getattr(ops, name)(
+                     *others.get(name, ("127.0.0.1:9",)))])
+        for call in calls:
+            with pytest.raises(kind) as caught:
+                call()
+            assert caught.value is error
+        world.on_message = lambda msg: calls[-1]()
+        world.talk(sock)
+        assert len(logged) == 1 and "World._message raised" in logged[0]
+        world.on_message = None
+        monkeypatch.undo()
+        assert ops.tcp_conid_alive(conid) is Result.SUCCESS
+
+    def test_a_fault_behind_the_arguments(self, world, logged, monkeypatch):
+        """Given by name, too; but what fits no form is the caller's."""
+        ops = world.ops
+        _, conid = world.client()
+
+        def fault(*_):
+            raise TypeError("a bug")
+        monkeypatch.setattr(tcpops, "set_keepalive", fault)
+        monkeypatch.setattr(ops, "_arm", fault)
+        for call in (
+                lambda: ops.tcp_keepalive_enable(conid, 1, 2, 3),
+                lambda: ops.tcp_keepalive_enable(conid, 1, 2, interval=3),
+                lambda: ops.tcp_keepalive_enable(conid=conid, idle=1, count=2,
+                                                 interval=3),
+                lambda: ops.tcp_set_connection_lifetime(conid, 5),
+                lambda: ops.tcp_set_connection_lifetime(conid, lifetime=5)):
+            with pytest.raises(TypeError, match="a bug"):
+                call()
+        assert not logged
+        for call in (
+                lambda: ops.tcp_keepalive_enable(conid, 1),
+                lambda: ops.tcp_keepalive_enable(conid, 1, 2, 3, 4),
+                lambda: ops.tcp_keepalive_enable(conid, 1, 2, seconds=3),
+                lambda: ops.tcp_keepalive_enable(conid, 1, 2, 3, conid=conid),
+                lambda: ops.tcp_set_connection_lifetime(),
+                lambda: ops.tcp_set_connection_lifetime(conid, 5, 5),
+                lambda: ops.tcp_close_connection(conid, id=conid)):
+            assert call() == -1
+        assert len(logged) == 7
+        assert all(" takes (" in line for line in logged)
+
+    def test_what_the_system_refuses_is_minus_1(self, world, logged):
+        _, conid = world.client()
+        conn = world.ops._table.get(conid)
+        conn.sock = ScriptedSocket.of(conn.sock,
+                                      setsockopt=[errno.ENOPROTOOPT])
+        assert world.ops.tcp_keepalive_enable(conid, 1, 2, 3) == -1
+        assert len(logged) == 1 and "the system refuses" in logged[0]
+
+    def test_at_the_wrong_time_it_is_minus_1(self, world, logged):
+        """Forward while the loop is drained, and when it is closed."""
+        sock, conid = world.client()
+        results = []
+        world.on_event = lambda event: results.append(
+            world.ops.forward("127.0.0.1:9", b"x"))
+        world.ops.drain(1)
+        assert results == [-1] and "is being drained" in logged[0]
+        world.ops.close()
+        world.on_event = None
+        assert world.ops.forward("127.0.0.1:9", b"x") == -1
+        assert len(logged) == 2 and "is closed" in logged[1]
+
 
 class TestSpec_3_1:
     """3.1. tcp_conid_alive(conid)."""
@@ -1289,6 +1573,7 @@ class TestSpec_3_3:
             assert self.kernel(world, conid) == (1, 60, 5, 5)
 
     @real_time
+    @as_root(why_nobody_vanishes)
     def test_3_3_a_peer_that_vanishes_idle(self, world):
         """The kernel probes: 1 s of silence, one probe, 1 s for its answer."""
         sock, conid = world.client()
@@ -1301,6 +1586,7 @@ class TestSpec_3_3:
 
     @real_time
     @pytest.mark.skipif(not LINUX, reason="needs Linux' TCP_INFO")
+    @as_root(why_nobody_vanishes)
     def test_3_3_a_peer_that_vanishes_with_data_in_flight(self, world):
         """The kernel does not probe then, and would wait for 15 minutes."""
         sock, conid = world.client()
@@ -1680,9 +1966,10 @@ class TestSpec_3_5:
 
     @real_time
     @pytest.mark.parametrize("count", [1000])
-    def test_3_5_in_real_time(self, world, count):
+    def test_3_5_in_real_time(self, descriptors, world, count):
         """Each ends within 50 ms of its own deadline, also on a busy machine
         nearly all do (the README has the figures of an idle one)."""
+        count = min(count, (descriptors - 100) // 2)
         socks, deadlines, late = [], {}, []
         for _ in range(count):
             left, right = tcp_pair()
@@ -1764,7 +2051,7 @@ class TestLaterReleases:
         world = make_world(tls=server)
         uri = f"sips:x@127.0.0.1:{world.port}"
         assert world.ops.forward(uri, b"x") is Result.FAILURE
-        assert "no TLS connection" in logged[0]
+        assert "forward makes none" in logged[0]
         conid = world.ops.connect("127.0.0.1", world.port, tls=client)
         assert world.ops.forward(uri, b"secret") is Result.SUCCESS
         world.until(lambda: world.messages)
@@ -2037,6 +2324,97 @@ class TestLaterReleases:
         world.talk(sock)
         assert results == [-1] and len(logged) == 1
 
+    @pytest.mark.parametrize("rest, proto", [
+        ("", "wss"), (";transport=tcp", "tcp"), (";transport=tls", "tls"),
+        (";transport=WS", "ws"), (";tr%61nsport=wss;lr", "wss"),
+        (";transport=udp", None), (";transport=sctp", None),
+        (";transport=x", None), (";maddr=127.0.0.1", None)])
+    def test_a_uri_s_transport_chooses_among_connections(self, world, logged,
+                                                         rest, proto):
+        ops, address = world.ops, world.server().getsockname()
+        tls = contexts()[1]
+        conids = {
+            "tcp": ops.connect(*address),
+            "tls": ops.connect(*address, tls=tls),
+            "ws": ops.connect(*address, framing="ws"),
+            "wss": ops.connect(*address, framing="ws", tls=tls)}
+        uri = f"sip:u@127.0.0.1:{address[1]}{rest}"
+        assert ops.tcp_get_conid(uri) == conids.get(proto, -1)
+        assert ops.tcp_con_alive(uri) == (1 if proto else -1)
+        assert len(logged) == (0 if proto else 2)
+        assert ops.forward(uri, b"x") == (-1 if proto is None else 1)
+        if not rest:  # what sips: takes: TLS, with or without WebSocket
+            secure = uri.replace("sip:", "sips:")
+            assert ops.tcp_get_conid(secure) == conids["wss"]
+            ops.tcp_close_connection(conids["wss"])
+            assert ops.tcp_get_conid(secure) == conids["wss"]
+            assert ops.tcp_get_conid(f"{secure};transport=tls") == (
+                conids["tls"])
+            assert ops.tcp_get_conid(f"{secure};transport=tcp") == (
+                conids["tls"])
+
+    @pytest.mark.parametrize("uri", [
+        "sip:{};transport=tls", "sip:{};TRANSPORT=TLS", "sips:{}",
+        "sip:{};transport=%74ls", "sip:{};transport=udp", "SIPS:u@{};lr",
+        "sip:{};transport=sctp", "sip:{};transport=ws", "sip:{};maddr=1.2.3.4",
+        "sip:{};transport=wss", "sips:{};transport=ws",
+        "sips:{};transport=tcp"])
+    @pytest.mark.parametrize("otcpid", [False, True])
+    def test_nothing_goes_out_another_way_than_the_uri_says(
+            self, world, logged, uri, otcpid):
+        """Not on a plain connection to that peer, nor on otcpid's, nor on a
+        new one.
+        """
+        sock, conid = world.client()
+        other, there = world.client()
+        peer = "127.0.0.1:%d" % other.getsockname()[1]
+        results = []
+
+        def on_message(msg):
+            world.on_message = None
+            if otcpid:
+                world.ops.tcp_set_otcpid(there)
+                world.ops.tcp_set_otcpid_flag(1)
+            for address in (peer, f"127.0.0.1:{world.port}"):
+                results.append(world.ops.forward(uri.format(address), b"x"))
+        world.on_message = on_message
+        world.talk(sock)
+        world.settle()
+        assert results == [-1, -1] and len(logged) == 2
+        assert all(line.startswith("forward: ") for line in logged)
+        assert len(world.ops.connections()) == 2
+        other.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            other.recv(9)
+
+    def test_a_uri_that_asks_for_tls_gets_it(self, make_world, logged):
+        server, client = contexts()
+        world = make_world(tls=server)
+        plain, _ = world.outgoing()
+        conid = world.ops.connect("127.0.0.1", world.port, tls=client)
+        world.until(lambda: world.ops.tcp_conid_alive(conid) == 1)
+        for uri in (f"sips:127.0.0.1:{world.port}",
+                    f"sip:127.0.0.1:{world.port};transport=tls"):
+            count = len(world.messages)
+            assert world.ops.tcp_con_alive(uri) == 1
+            assert world.ops.forward(uri, b"secret") == 1
+            world.until(lambda: len(world.messages) > count)
+            assert world.messages[-1].data == b"secret"
+            # With otcpid, too: that one has TLS.
+            world.on_message = lambda msg, uri=uri: (
+                world.ops.tcp_set_otcpid(conid),
+                world.ops.tcp_set_otcpid_flag(1),
+                world.ops.forward(uri, b"again"))
+            plain.sendall(b"x")
+            world.until(lambda: world.messages[-1].data == b"again")
+            world.on_message = None
+            world.settle()
+        for wrong in (";transport=tcp", ";transport=ws", ";transport=wss"):
+            uri = f"sip:127.0.0.1:{world.port}{wrong}"
+            assert world.ops.tcp_con_alive(uri) == -1
+            assert world.ops.tcp_get_conid(uri) == -1
+        assert not logged
+
 
 # -- spec 4: event routes -----------------------------------------------------
 
@@ -2209,7 +2587,7 @@ class TestSpec_4_1:
         for decorator in (ops.request_route, ops.onreply_route,
                           ops.event_route("tcp:closed")):
             assert decorator(handler) is handler
-            with pytest.raises(TypeError, match="a route is a function"):
+            with pytest.raises(TypeError, match="a plain function is needed"):
                 decorator(5)
 
     def test_4_1_event_callback(self, make_world):
@@ -2887,6 +3265,158 @@ class TestFramings:
         with pytest.raises(KeyboardInterrupt):
             world.ops.step(0)
         assert world.end(conid).reason == "reset"
+
+    @pytest.mark.parametrize("queue", [False, True])
+    @pytest.mark.parametrize("where", [
+        "begin", "receive", "next_message", "message", "finish", "encode",
+        "early", "farewell"])
+    def test_a_framing_that_closes_its_own_connection(self, make_world, where,
+                                                      queue):
+        """One end, once, and one farewell behind all that is queued."""
+        world = make_world(max_write_buffer=16 << 20)
+        ops, said = world.ops, []
+
+        def close():
+            ops.tcp_close_connection(max(conn.conid for conn in ops._table))
+
+        def method(name):
+            def call(self, *args):
+                if name == "begin" and queue:
+                    self.output += bytes(8 << 20)
+                result = getattr(Netstring, name)(self, *args)
+                if name == where.replace("early", "encode"):
+                    close()
+                if name == "farewell":
+                    said.append(args)
+                    return b"bye"
+                return result
+            return call
+        names = ("begin", "receive", "next_message", "finish", "encode",
+                 "farewell")
+        framing = type("Closer", (Netstring,), {n: method(n) for n in names})
+        if where == "message":
+            framing.message = lambda *args: (
+                close(), tcpops.Message(*args))[1]
+        server = world.server()
+        conid = ops.connect(*server.getsockname(), framing=framing)
+        if where == "early":
+            ops.send(conid, b"x")
+        sock = world.accept(server)
+        while not ops._table.get(conid) or (
+                ops.connection(conid) and ops.tcp_conid_state(conid) == -4):
+            ops.step(5)
+        if where == "encode":
+            world.until(lambda: world.events)
+            assert ops.send(conid, b"x") is Result.FAILURE
+        elif where == "farewell":
+            world.until(lambda: world.events)
+            close()
+        elif where == "finish":
+            sock.shutdown(socket.SHUT_WR)
+        elif where not in ("begin", "early"):
+            sock.sendall(b"1:x,1:y,")
+        got = bytearray()
+        sock.setblocking(False)
+        data = b"x"
+        while data:
+            ops.step(0)
+            with contextlib.suppress(BlockingIOError):
+                data = sock.recv(1 << 20)
+                got += data
+        assert got == bytes(8 << 20) * queue + b"bye" and len(said) == 1
+        assert world.end(conid).reason == "closed" and not world.messages
+        assert len(world.events) <= 2
+
+    @pytest.mark.parametrize("error", [
+        asyncio.CancelledError, GeneratorExit, type("Mine", (BaseException,),
+                                                    {}),
+        SystemExit, KeyboardInterrupt])
+    @pytest.mark.parametrize("where", [
+        "request", "is_reply", "event", "callback", "call_soon", "attended",
+        "factory", "begin", "opened", "receive", "next_message", "finish",
+        "farewell", "encode", "message"])
+    def test_whatever_the_program_s_code_raises(self, make_world, logged,
+                                                where, error):
+        """It is logged, and ends one connection at the most; but what is to
+        end the program does.
+        """
+        raised = ["not yet"]
+
+        def fail(name, result=None):
+            if name == where and not raised:
+                raised.append(name)
+                raise error("the program's")
+            return result
+
+        class Failing(Netstring):
+            class message(tcpops.Message):
+                __slots__ = ()
+                is_reply = property(lambda self: fail("is_reply", False))
+
+                def __init__(self, *args):
+                    fail("message")
+                    super().__init__(*args)
+
+            opened = property(lambda self: fail("opened", True),
+                              lambda self, value: None)
+
+        for name in ("begin", "receive", "next_message", "finish", "farewell",
+                     "encode"):
+            setattr(Failing, name, lambda self, *args, name=name: (
+                fail(name), getattr(Netstring, name)(self, *args))[1])
+        world = make_world(framing=lambda size, client: fail("factory")
+                           or Failing(size, client))
+        ops = world.ops
+        world.on_message = lambda msg: (fail("request"), msg.reply(b"y"))
+        world.on_event = lambda event: fail("event")
+        ops.onreply_route(print)
+        if where == "callback":
+            ops.event_callback = lambda ops, name: None
+            ops._events.clear()
+            ops.event_callback = lambda *args: fail("callback")
+        raised.clear()
+        left, right = socket.socketpair()
+        with left, right:
+            ops.attend(right, selectors.EVENT_READ,
+                       lambda mask: (right.recv(9), fail("attended")))
+            left.send(b"x")
+            ops.call_soon(fail, "call_soon")
+            sock = socket.create_connection(("127.0.0.1", world.port), 5)
+            world.socks.append(sock)
+            sock.sendall(b"1:x,")
+            sock.shutdown(socket.SHUT_WR)
+            fatal = error in (SystemExit, KeyboardInterrupt)
+            with pytest.raises(error) if fatal else contextlib.nullcontext():
+                world.until(lambda: raised)
+                world.settle()
+            assert len(logged) == (0 if fatal else 1), logged
+            del logged[:]
+            world.settle()
+            if where != "callback":
+                count = len(world.messages)
+                again = socket.create_connection(("127.0.0.1", world.port), 5)
+                world.socks.append(again)
+                again.sendall(b"1:z,")
+                world.until(lambda: len(world.messages) > count and
+                            world.messages[-1].data == b"z")
+                assert again.recv(9) == b"1:y,"
+            ops.dismiss(right)
+        assert not logged
+        with contextlib.suppress(ConnectionResetError):
+            assert sock.recv(9) in (b"1:y,", b"")
+        assert len(ops.connections()) == (where != "callback")
+
+    def test_what_an_early_payload_s_encode_raises(self, world, logged):
+        class Failing(Netstring):
+            def encode(self, payload):
+                raise asyncio.CancelledError
+        server = world.server()
+        conid = world.ops.connect(*server.getsockname(), framing=Failing)
+        for _ in range(2):
+            assert world.ops.send(conid, b"x") is Result.SUCCESS
+        event = world.end(conid)
+        assert event.reason == "protocol" and "CancelledError" in event.detail
+        assert len(logged) == 1
 
 
 
@@ -3701,6 +4231,68 @@ class TestWebSocket:
         assert event.reason == "eof"
         assert event.detail == "close frame 3456 got 70000"
 
+    UNFIT = [
+        ("headers", [("X-Name", "ann\r\nX-Evil: 1")]),
+        ("headers", [("X-Name", "ann\nX-Evil: 1")]),
+        ("headers", [("X-Name", "ann\rX-Evil: 1")]),
+        ("headers", [("Good", "1"), ("X-Name", "a\r\n\r\nX-Evil: frames")]),
+        ("headers", [("X-Name", "a\0b")]), ("headers", [("X-Name", "a\x7f")]),
+        ("headers", [("X-Name: 1\r\nX-Evil", "1")]),
+        ("headers", [("X Evil", "1")]), ("headers", [("", "1")]),
+        ("headers", [("X-Evil:", "1")]), ("headers", [("X-Evil\n", "1")]),
+        ("headers", [("X-\xc9vil", "1")]),
+        ("offers", ("chat\r\nX-Evil: 1",)), ("offers", ("two words",)),
+        ("offers", ("chat", "chat")), ("offers", ("",)), ("offers", "chat"),
+        ("offers", ("a,b",)), ("offers", ("chat\n",)),
+        ("subprotocols", ("chat\0",)), ("subprotocols", ("a", "b", "a")),
+        ("path", "/ HTTP/1.1\r\nX-Evil: 1"), ("path", "/a b"), ("path", "")]
+
+    @pytest.mark.parametrize("name, value", UNFIT)
+    def test_what_must_not_go_into_a_head_raises(self, world, name, value):
+        """When the connection is made, or the listener."""
+        unfit = type("Unfit", (tcpops.WebSocketFraming,), {name: value})
+        for method in (world.ops.listen, world.ops.connect):
+            with pytest.raises(ValueError):
+                method("127.0.0.1", world.port, framing=unfit)
+        for client in (False, True):
+            with pytest.raises(ValueError):
+                unfit(1000, client)
+        assert not world.ops.stats()["opened"]
+
+    @pytest.mark.parametrize("name, value", UNFIT)
+    @pytest.mark.parametrize("factory", [False, True])
+    def test_what_must_not_go_out_when_it_is_set_later(self, world, logged,
+                                                       name, value, factory):
+        """In __init__ after the base class's, or by who makes the framing."""
+        class Unfit(tcpops.WebSocketFraming):
+            def __init__(self, max_message, client):
+                super().__init__(max_message, client)
+                setattr(self, name, value)
+
+        def make(max_message, client):
+            framing = tcpops.WebSocketFraming(max_message, client)
+            setattr(framing, name, value)
+            return framing
+        server = world.server()
+        conid = world.ops.connect(*server.getsockname(),
+                                  framing=make if factory else Unfit)
+        event = world.end(conid)
+        assert (event.reason, event.bytes_out) == ("protocol", 0)
+        assert "ValueError" in event.detail and len(logged) == 1
+        assert world.accept(server).recv(999) == b""
+
+    def test_what_may_go_into_a_head(self, world):
+        class Fit(tcpops.WebSocketFraming):
+            offers = ("v1.chat", "!#$%&'*+-.^_`|~09azAZ")
+            headers = [("X-Text", "a\tb \xfc"), ("X-Number", 5), ("X-Nil", "")]
+        server = world.server()
+        conid = world.ops.connect(*server.getsockname(), framing=Fit)
+        world.until(lambda: world.ops.connection(conid).bytes_out)
+        request = world.accept(server).recv(9999).decode().split("\r\n")
+        assert "X-Text: a\tb \xfc" in request and "X-Number: 5" in request
+        assert "Sec-WebSocket-Protocol: v1.chat, !#$%&'*+-.^_`|~09azAZ" in (
+            request)
+
 
 class TestMessageTimeout:
     """Design: a message begun that is not complete ends as "message"."""
@@ -3989,6 +4581,88 @@ class TestSending:
             assert event.detail.endswith(f", {unsent} bytes unsent")
         assert [e.reason for e in timed.ends()] == ["closed", "lifetime"]
 
+    @pytest.mark.parametrize("framing", ["raw", "line"])
+    def test_an_rst_that_a_flush_finds_is_no_fin(self, make_world, framing):
+        """Whether it is still to be read is asked again behind it."""
+        world = make_world(framing=framing)
+        sock, conid = world.client()
+        world.fill(conid)
+        assert world.ops._table.get(conid).events == (
+            selectors.EVENT_READ | selectors.EVENT_WRITE)
+        rst(sock)
+        event = world.end(conid)
+        assert (event.name, event.reason, event.errno) == (
+            "tcp:reset", "reset", errno.ECONNRESET)
+
+    def test_no_handler_runs_over_the_limit(self, make_world):
+        """Neither where one before it in the batch has queued so much."""
+        world = make_world(max_write_buffer=1000)
+        first, one = world.client()
+        second, two = world.client()
+        conn = world.ops._table.get(two)
+        queued = []
+
+        def on_message(msg):
+            if msg.conid == one:
+                while not world.ops._over(conn):
+                    assert world.ops.send(two, bytes(100000))
+                queued.append(len(conn.out))
+            else:
+                assert not world.ops._over(conn), len(conn.out)
+                queued.append(None)
+        world.on_message = on_message
+        first.sendall(b"x")
+        second.sendall(b"x")
+        assert world.ops.step(5) == 2
+        assert len(queued) == 1 and queued[0] > 1000
+        total = conn.bytes_out + len(conn.out)
+        got = 0
+        second.settimeout(5)
+        while got < total:
+            world.ops.step(0)
+            got += len(second.recv(1 << 20))
+        world.until(lambda: len(queued) == 2)
+
+
+class Selfish(socket.socket):
+    """A socket that is given the port which it connects to, as its own, as
+    the kernel may: TCP connects it with itself, unless somebody listens.
+    """
+
+    def connect_ex(self, address):
+        with contextlib.suppress(OSError):
+            self.bind(address)
+        return super().connect_ex(address)
+
+
+class Leftover(Netstring):
+    """A framing that has a message when the stream ends, come what may."""
+
+    def finish(self):
+        return b"left over"
+
+
+@pytest.fixture
+def own_net():
+    """A network namespace of this thread's own, with loopback."""
+    if not LINUX:
+        pytest.skip("no network namespaces")
+    libc = ctypes.CDLL(None, use_errno=True)
+    home = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
+    try:
+        if libc.unshare(0x40000000):  # CLONE_NEWNET
+            number = ctypes.get_errno()
+            assert not os.environ.get("CI") and number in (
+                errno.EPERM, errno.EINVAL, errno.ENOSYS)
+            pytest.skip(f"no network namespaces: {os.strerror(number)}")
+        try:
+            run("ip", "link", "set", "lo", "up")
+            yield
+        finally:
+            assert libc.setns(home, 0) == 0
+    finally:
+        os.close(home)
+
 
 class TestListenAndConnect:
     def test_ipv6_and_ipv4_side_by_side(self, world):
@@ -4082,7 +4756,8 @@ class TestListenAndConnect:
             assert (info.si, info.state) == ("127.0.0.1", State.OK)
             address = f"127.0.0.1:{port}"
             assert world.ops.tcp_get_conid(address) == conid
-            assert world.ops._table.find_peer("127.0.0.77", port) is None
+            assert world.ops._table.find_peer(
+                ("127.0.0.77", port), None) is None
             world.accept(server)
 
     def test_connect_tells_the_last_error(self, world, monkeypatch):
@@ -4229,6 +4904,199 @@ class TestListenAndConnect:
         world.ops.tcp_close_connection(world.listener)
         assert sock.recv(9) == b""
         world.ops.listen("127.0.0.1", world.port)
+
+    @pytest.mark.parametrize("before", ["nothing", "send", "state"])
+    @pytest.mark.parametrize("hosts", [
+        ["127.0.0.1"], ["255.255.255.255"], ["127.0.0.77", "127.0.0.1"]],
+        ids=["refused", "at once", "both"])
+    @pytest.mark.parametrize("framing", [
+        "raw", "line", "sip", "ws", Netstring, Greeting, Leftover])
+    def test_a_refused_connect_was_never_open(self, world, monkeypatch,
+                                              framing, hosts, before):
+        port = free_port()
+        monkeypatch.setattr(tcpops, "_resolve", lambda host, port: [
+            (socket.AF_INET, (host, port)) for host in hosts])
+        conid = world.ops.connect("name", port,
+                                  framing=framing)
+        if before == "send":
+            assert world.ops.send(conid, b"hello") in (1, -1)
+        while before == "state" and world.ops.tcp_conid_state(conid) == -4:
+            select.select([], [world.ops._table.get(conid).sock], [], 5)
+        event = world.end(conid)
+        assert event.name != "tcp:opened" and event.errno
+        assert world.events == [event] and not world.messages
+        if hosts[-1] == "127.0.0.1":
+            assert (event.name, event.reason, event.errno, event.si) == (
+                "tcp:reset", "reset", errno.ECONNREFUSED, "127.0.0.1")
+
+    @pytest.mark.parametrize("probing", [False, True])
+    @pytest.mark.parametrize("framing, said, heard", [
+        ("raw", b"hi", [b"hi"]),
+        ("line", b"one\ntwo\nhal", [b"one", b"two"]),
+        ("sip", lambda: OPTIONS, lambda: [OPTIONS]),
+        (Greeting, b"hi;2:ok,1:", [b"ok"]),
+        ("ws", b"HTTP/1.1 101 Switch", None),
+        ("tls", b"\x16\x03\x03", None)])
+    def test_an_early_rst_is_told_with_all_before_it(self, world, framing,
+                                                     said, heard, probing):
+        """Also where we have something to say first."""
+        said, heard = (x() if callable(x) else x for x in (said, heard))
+        server = world.server()
+        how = ({"tls": contexts()[1]} if framing == "tls" else
+               {"framing": framing})
+        conid = world.ops.connect(*server.getsockname(), **how)
+        assert world.ops.send(conid, b"early") is Result.SUCCESS
+        peer = world.accept(server)
+        peer.sendall(said)
+        rst(peer)
+        if probing:
+            assert world.ops.tcp_conid_state(conid) is State.ERROR
+        event = world.end(conid)
+        assert (event.name, event.reason, event.errno) == (
+            "tcp:reset", "reset", errno.ECONNRESET)
+        assert [m.data for m in world.messages] == (heard or [])
+        assert [e.name for e in world.events] == ["tcp:opened"] * (
+            heard is not None) + ["tcp:reset"]
+        assert (event.bytes_in, event.bytes_out) == (len(said), 0)
+
+    @pytest.mark.parametrize("host", [
+        "127.0.0.1\0.example.org", "\0", "127.0.0.1\r\nX-Evil: 1", "local\n",
+        "127.0.0.1 ", "local host", "127.0.0.1\t", "\x7f", "\xe9" * 80])
+    def test_what_is_no_host_name_raises(self, world, logged, host):
+        for method in (world.ops.listen, world.ops.connect):
+            for framing in ("raw", "ws"):
+                with pytest.raises(ValueError, match="no host name"):
+                    method(host, world.port, framing=framing)
+        assert len(world.ops.listeners()) == 1
+        assert not world.ops.stats()["opened"]
+        # In the script language that is -1.
+        assert world.ops.forward(f"{host}:{world.port}", b"x") == -1
+        assert world.ops.tcp_get_conid(f"{host}:{world.port}") == -1
+        assert len(logged) == 2
+
+    @pytest.mark.parametrize("framing", ["raw", "line", "ws", Greeting])
+    @pytest.mark.parametrize("before", ["nothing", "send", "state"])
+    @pytest.mark.parametrize("family, host", [
+        (socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")])
+    def test_connected_to_itself_is_refused(self, world, monkeypatch, family,
+                                            host, before, framing):
+        """Nobody listens there: the kernel took that very port for ours."""
+        monkeypatch.setattr(socket, "socket", Selfish)
+        port = free_port()
+        conid = world.ops.connect(host, port,
+                                  framing=framing)
+        if before == "send":
+            world.ops.send(conid, b"hello")
+        if before == "state":
+            assert world.ops.tcp_conid_state(conid) is State.CONNECT
+        event = world.end(conid)
+        assert (event.name, event.reason, event.errno) == (
+            "tcp:reset", "reset", errno.ECONNREFUSED)
+        assert world.events == [event] and not world.messages
+        with socket.socket(family) as sock:
+            sock.bind((host, port))  # an RST: no TIME_WAIT keeps the port
+
+    def test_connected_to_itself_and_then_to_the_next(self, world,
+                                                      monkeypatch):
+        server = world.server()
+        monkeypatch.setattr(socket, "socket", Selfish)
+        port = free_port()
+        monkeypatch.setattr(tcpops, "_resolve", lambda *_: [
+            (socket.AF_INET, ("127.0.0.1", port)),
+            (socket.AF_INET, server.getsockname())])
+        conid = world.ops.connect("name", port)
+        world.ops.send(conid, b"hello")
+        world.until(lambda: world.events)
+        peer = world.accept(server)
+        assert [e.name for e in world.events] == ["tcp:opened"]
+        assert world.events[0].sp == server.getsockname()[1]
+        assert peer.recv(99) == b"hello" and not world.messages
+
+    @needs("ip")
+    def test_a_dead_port_of_those_that_the_kernel_gives(self, own_net, world):
+        Path("/proc/sys/net/ipv4/ip_local_port_range").write_text(
+            "40000 40001", encoding="ascii")
+        for port in (40000, 40001):
+            conid = world.ops.connect("127.0.0.1", port)
+            assert world.ops.send(conid, b"hello") is Result.SUCCESS
+            event = world.end(conid)
+            assert (event.reason, event.errno) == (
+                "reset", errno.ECONNREFUSED)
+        assert len(world.events) == 2 and not world.messages
+
+    @needs("ip")
+    def test_a_link_local_address_has_its_zone(self, own_net, world):
+        """Two hosts, each on a link of its own, have the same one."""
+        links = ("left", "right")
+        run("sh", "-c", "for d in left right; do"
+            " ip link add $d type veth peer name of-$d; ip link set of-$d up;"
+            " ip link set $d up; ip addr add fe80::5/64 dev $d nodad; done")
+        conids, peers = {}, {}
+        for link in links:
+            address = (f"fe80::5%{link}", 0)
+            port = world.ops.connection(world.ops.listen(*address)).Rp
+            server = socket.socket(socket.AF_INET6)
+            world.socks.append(server)
+            server.bind(("fe80::5", 5070, 0, socket.if_nametoindex(link)))
+            server.listen()
+            server.settimeout(5)
+            conids[link] = world.ops.connect(f"fe80::5%{link}", 5070)
+            peers[link] = world.accept(server)
+            # Accepted and attached ones, too.
+            client = socket.create_connection((f"fe80::5%{link}", port))
+            taken = socket.create_connection((f"fe80::5%{link}", 5070))
+            attached = world.ops.attach(taken)
+            world.socks += [client, world.accept(server)]
+            world.events.clear()
+            world.until(lambda: len(world.events) == 3)
+            for shown in world.events + world.ops.connections()[-3:]:
+                assert shown.si == shown.Ri == f"fe80::5%{link}"
+            port = client.getsockname()[1]
+            assert world.ops.tcp_con_alive(f"[fe80::5%{link}]:{port}") == 1
+            assert world.ops.tcp_get_conid(
+                f"[fe80::5%{link}]:5070") == attached
+            world.ops.tcp_close_connection(attached)
+            world.end(attached)
+            assert world.ops.listeners()[-1].Ri == f"fe80::5%{link}"
+        for link in links:
+            address = f"sip:[fe80::5%{link}]:5070"
+            assert world.ops.tcp_get_conid(address) == conids[link]
+            assert world.ops.forward(address, link.encode()) == 1
+            assert peers[link].recv(99) == link.encode()
+            peers[link].sendall(b"x")
+        world.until(lambda: len(world.messages) == 2)
+        assert sorted((m.conid, m.si, m.Ri) for m in world.messages) == [
+            (conids[link], f"fe80::5%{link}", f"fe80::5%{link}")
+            for link in links]
+
+    @needs("nft")
+    @pytest.mark.parametrize("probing", [False, True])
+    @pytest.mark.parametrize("reject, expected", [
+        ("", errno.ECONNREFUSED),
+        ("with icmp type host-unreachable", errno.EHOSTUNREACH),
+        ("with icmp type admin-prohibited", None)])
+    @pytest.mark.parametrize("stays", [True, False], ids=["always", "once"])
+    def test_an_icmp_error_while_connecting(self, own_net, world, stays,
+                                            reject, expected, probing):
+        """The end at once: no spinning, no waiting for the next SYN."""
+        def rule(text):
+            run("nft", "-f", "-", input=(
+                "flush ruleset\ntable inet t {\nchain c {\ntype filter hook"
+                f" output priority 0\n{text}\n}}\n}}\n"))
+        rule(f"tcp dport 7002 reject {reject}")
+        with socket.create_server(("127.0.0.1", 7002)):
+            conid = world.ops.connect("127.0.0.1", 7002)
+            if not stays:
+                rule("accept")
+            turns = 0
+            while not world.events and turns < 20:
+                if probing:
+                    world.ops.tcp_conid_state(conid)
+                world.ops.step(0.1)
+                turns += 1
+        (event,) = world.events
+        assert turns < 20 and event.errno
+        assert expected in (None, event.errno) and not world.messages
 
 
 class TestDescriptors:
@@ -4491,6 +5359,76 @@ class TestDescriptors:
         world.ops._admit(world.ops._table.get(world.listener), sock,
                          sock.getpeername())
         world.until(lambda: world.events)
+
+
+async def coroutine_function(*_):
+    pass
+
+
+async def async_generator_function(*_):
+    yield
+
+
+def generator_function(*_):
+    yield
+
+
+class Lazy:
+    """Objects and methods that run nothing when they are called."""
+
+    async def __call__(self, *_):
+        pass
+
+    async def method(self, *_):
+        pass
+
+    def generate(self, *_):
+        yield
+
+
+LAZY = [coroutine_function, generator_function, async_generator_function,
+        functools.partial(coroutine_function, 1), Lazy(), Lazy().method,
+        Lazy().generate, functools.partial(generator_function),
+        functools.partial(functools.partial(Lazy().method))]
+
+
+class Signalled(ScriptedSocket):
+    """A socket during whose calls a signal comes: the script's names."""
+
+    def _play(self, name, *args):
+        if self.script.pop(name, None):
+            signal.raise_signal(signal.SIGUSR1)
+        return super()._play(name, *args)
+
+
+class Alarms:
+    """Signal handlers of a program's, of every form; all of them raise."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def method(self, number, frame):
+        raise self.error
+
+    def __call__(self, *args):
+        self.method(*args)
+
+    def forms(self):
+        def named(number, frame):
+            raise self.error
+
+        def starred(*args):
+            raise self.error
+        return {"named": named, "starred": starred, "method": self.method,
+                "object": self, "lambda": lambda *_: named(0, None),
+                "keywords": lambda number, frame=None: named(number, frame)}
+
+
+@pytest.fixture
+def on_signal(make_world):
+    """Return a function that sets the handler of SIGUSR1."""
+    yield lambda handler: signal.signal(signal.SIGUSR1, handler)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # worlds are closed later
 
 
 class TestLoop:
@@ -4901,10 +5839,12 @@ class TestLoop:
         world.settle()
         assert world.ops.step(0) == 0
 
-    def test_ten_thousand_deadlines_do_not_stall_the_others(self, timed):
+    def test_ten_thousand_deadlines_do_not_stall_the_others(
+            self, descriptors, timed):
         """A turn's share is 256 of them."""
         conids = []
-        for _ in range(600):
+        count = min(600, (descriptors - 100) // 2)
+        for _ in range(count):
             _, conid = timed.client()
             timed.ops.tcp_set_connection_lifetime(conid, 5)
             conids.append(conid)
@@ -4913,7 +5853,7 @@ class TestLoop:
         sock.send(b"x")
         timed.ops.step(0)
         assert timed.messages and len(timed.ends()) == tcpops._BATCH
-        timed.until(lambda: len(timed.ends()) == 600)
+        timed.until(lambda: len(timed.ends()) == count)
 
     def test_fileno_and_next_deadline(self, clock):
         """What another loop needs: readable whenever there is work."""
@@ -5112,11 +6052,8 @@ class TestLoop:
         assert timed.ops.tcp_conid_alive(socks[0][1])
 
     def test_repr(self, world):
-        sock, conid = world.client()
+        world.client()
         assert repr(world.ops) == "<TcpOps: 1 listeners, 1 connections>"
-        host, port = sock.getsockname()
-        assert repr(world.ops._table.get(conid)) == (
-            f"<Connection conid {conid} open {host}:{port}>")
 
     def test_nothing_is_left(self):
         """No descriptor, no heap entry, no object."""
@@ -5140,6 +6077,625 @@ class TestLoop:
         assert not [o for o in gc.get_objects()
                     if isinstance(o, tcpops.Connection)]
         assert len(os.listdir("/proc/self/fd")) == before
+
+    @pytest.mark.parametrize("other", [False, True])
+    @pytest.mark.parametrize("what", [
+        "lifetime", "message", "connect", "send", "handshake"])
+    def test_what_has_come_counts_before_a_deadline(self, make_world, clock,
+                                                    what, other):
+        """A process that was stopped wakes up with an old answer of its
+        selector: nothing was ready then, or only somebody else was.
+        """
+        framing = {"message": "line", "handshake": Greeting}.get(what, "raw")
+        world = make_world(framing=framing, clock=clock,
+                           connection_lifetime=12, connect_timeout=10,
+                           send_timeout=10, message_timeout=10)
+        ops = world.ops
+        left, right = tcp_pair()
+        world.socks.append(left)
+        third = ops.attach(right)
+        ops.tcp_set_connection_lifetime(third, 1000)
+        world.settle()
+        if what == "connect":
+            server = world.server()
+            conid = ops.connect(*server.getsockname())
+            world.accept(server)
+        elif what == "handshake":
+            sock = socket.create_connection(("127.0.0.1", world.port))
+            world.socks.append(sock)
+            world.until(lambda: len(ops.connections()) == 2)
+            conid = ops.connections()[1].conid
+        else:
+            sock, conid = world.client()
+        if what == "send":
+            world.fill(conid)
+        if what == "message":
+            sock.sendall(b"half a ")
+        if what != "connect":
+            world.settle()
+        world.events.clear()
+        clock.advance(13 if what == "lifetime" else 11)
+        if what == "send":
+            sock.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                while sock.recv(1 << 20):
+                    pass
+        elif what != "connect":
+            sock.sendall(b"hi;" if what == "handshake" else b"line\n")
+        real = ops._select
+
+        def select(timeout):
+            ops._select = real
+            return [(key, mask) for key, mask in real(5 if other else 0)
+                    if getattr(key.data, "conid", None) == third]
+        if other:
+            left.sendall(b"x")
+        ops._select = select
+        ops.step(0)
+        world.settle()
+        assert not world.ends() and ops.tcp_conid_alive(conid)
+        assert [m.data for m in world.messages] == [b"x"] * other + {
+            "lifetime": [b"line\n"], "message": [b"half a line"]}.get(what, [])
+        assert len(world.events) == (what in ("connect", "handshake"))
+
+    @pytest.mark.parametrize("fin", [False, True])
+    def test_what_comes_after_the_second_look(self, timed, fin):
+        """Bytes are too late; a FIN is the reason, with all before it."""
+        sock, conid = timed.client()
+        timed.ops.tcp_set_connection_lifetime(conid, 5)
+        real, looks = timed.ops._select, []
+
+        def select(timeout):
+            looks.append(real(timeout))
+            if len(looks) == 2:
+                sock.sendall(b"late")
+                if fin:
+                    sock.shutdown(socket.SHUT_WR)
+            return looks[-1]
+        timed.clock.advance(5)
+        timed.ops._select = select
+        timed.ops.step(0)
+        timed.ops._select = real
+        assert timed.end(conid).reason == ("eof" if fin else "lifetime")
+        assert [m.data for m in timed.messages] == [b"late"] * fin
+
+    def test_a_long_message_waits_unread_when_its_time_is_over(self,
+                                                               make_world,
+                                                               clock):
+        """A turn reads 64 kB at the most."""
+        world = make_world(framing="line", clock=clock, max_message=1 << 20)
+        sock, conid = world.client()
+        sock.sendall(b"x")
+        world.settle()
+        clock.advance(21)
+        sent = 1
+        sock.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while sent < 300000:
+                sent += sock.send(b"x" * (300000 - sent))
+        assert sent >= 200000, "the kernel holds less than this needs"
+        world.ops.step(0)
+        assert not world.ends()
+        sock.settimeout(5)
+        sock.sendall(b"\n")
+        world.until(lambda: world.messages)
+        assert len(world.messages[0].data) == sent and not world.ends()
+        # All has been read, and the line does not end.
+        sock.sendall(b"y")
+        world.settle()
+        clock.advance(21)
+        assert world.end(conid).reason == "message"
+
+    @real_time
+    def test_a_process_that_was_stopped(self):
+        code = ("import tcpops\n"
+                "ops = tcpops.TcpOps(connection_lifetime=.3,"
+                " message_timeout=.2)\n"
+                "ops.request_route(lambda msg: print(msg.data, flush=True))\n"
+                "ops.event_route('tcp:timeout')(lambda e: print(e.reason,"
+                " flush=True))\n"
+                "print(ops.connection(ops.listen('127.0.0.1', 0,"
+                " framing='line')).Rp, flush=True)\n"
+                "ops.run()\n")
+        with subprocess.Popen([sys.executable, "-c", code], cwd=HERE,
+                              stdout=subprocess.PIPE, text=True) as process:
+            try:
+                port = int(process.stdout.readline())
+                talks, half = (socket.create_connection(("127.0.0.1", port))
+                               for _ in range(2))
+                with talks, half:
+                    half.sendall(b"half a ")
+                    talks.sendall(b"one\n")
+                    assert process.stdout.readline() == "b'one'\n"
+                    pause(0.1)  # it waits by now
+                    process.send_signal(signal.SIGSTOP)
+                    os.waitpid(process.pid, os.WUNTRACED)
+                    half.sendall(b"line\n")
+                    talks.sendall(b"two\n")
+                    pause(0.5)
+                    process.send_signal(signal.SIGCONT)
+                    lines = [process.stdout.readline() for _ in range(4)]
+                    assert sorted(lines[:2]) == ["b'half a line'\n",
+                                                 "b'two'\n"]
+                    assert lines[2:] == ["lifetime\n"] * 2
+            finally:
+                process.kill()
+
+    def test_an_accept_that_is_refused_for_good_rests(self, timed, logged):
+        """By the loop's clock, with one line a second at the most."""
+        ops, clock = timed.ops, timed.clock
+        listener = ops._table.get(timed.listener)
+        calls = []
+
+        class Refusing(ScriptedSocket):
+            def accept(self):
+                calls.append(clock())
+                return super().accept()
+        listener.sock = Refusing.of(listener.sock, accept=errno.EPERM)
+        sock = socket.create_connection(("127.0.0.1", timed.port))
+        timed.socks.append(sock)
+        turns = 0
+        while ops.step(0):
+            turns += 1
+        assert turns == len(calls) == tcpops._SPIN == 100
+        assert ops.next_deadline() == pytest.approx(clock() + 0.1)
+        for _ in range(30):  # three seconds
+            clock.advance(0.09)
+            assert ops.step(0) == 0
+            clock.advance(0.01)
+            timed.settle()
+        assert len(calls) <= 31 * 100 and 3 <= len(logged) <= 4
+        assert all("rests: it was ready 100 times" in line for line in logged)
+        listener.sock.script = {}
+        clock.advance(0.1)
+        timed.settle()
+        assert [e.name for e in timed.events] == ["tcp:opened"]
+        timed.talk(sock)
+        assert ops.stats()["accepts_refused"] == 0
+
+    def test_a_send_for_which_there_are_no_buffers_rests(self, timed, logged):
+        """It is read, and sent, when the rest is over, and ends in time."""
+        ops, clock = timed.ops, timed.clock
+        sock, conid = timed.client()
+        conn = ops._table.get(conid)
+        conn.sock = ScriptedSocket.of(conn.sock, send=errno.ENOBUFS)
+        assert ops.send(conid, b"hello") is Result.SUCCESS
+        turns = 0
+        while ops.step(0):
+            turns += 1
+        assert turns == 100 and len(logged) == 1
+        assert f"conid {conid} rests" in logged[0]
+        sock.sendall(b"x")
+        assert ops.step(0) == 0 and not timed.messages
+        clock.advance(0.1)
+        timed.settle()
+        assert timed.messages
+        conn.sock.script = {}
+        clock.advance(0.1)
+        timed.settle()
+        assert sock.recv(9) == b"hello"
+        conn.sock.script = {"send": errno.ENOBUFS}
+        ops.send(conid, b"more")
+        timed.settle()
+        clock.advance(10)
+        timed.settle()
+        assert timed.end(conid).reason == "send"
+
+    def test_one_that_rests_may_end(self, timed):
+        """And its rest with it; the others sleep on."""
+        conids = []
+        for _ in range(2):
+            _, conid = timed.client()
+            conids.append(conid)
+            conn = timed.ops._table.get(conid)
+            conn.sock = ScriptedSocket.of(conn.sock, send=errno.ENOBUFS)
+            timed.ops.send(conid, b"hello")
+        timed.settle()
+        assert len(timed.ops._resting) == 2
+        timed.ops.tcp_set_connection_lifetime(conids[0], 0)
+        timed.settle()
+        assert timed.ops.step(0) == 0
+        timed.clock.advance(0.1)
+        timed.ops.step(0)
+        assert not timed.ops._resting
+        assert timed.ops.tcp_conid_alive(conids[1])
+
+    def test_ready_again_and_again_for_nothing_in_between(self, timed,
+                                                          logged):
+        """99 turns in vain, one with a byte: no rest."""
+        sock, conid = timed.client()
+        conn = timed.ops._table.get(conid)
+        conn.sock = ScriptedSocket.of(conn.sock, recv=[errno.EAGAIN] * 99)
+        for _ in range(3):
+            timed.talk(sock)
+            conn.sock.script = {"recv": [errno.EAGAIN] * 99}
+        assert not logged and not timed.ops._resting
+
+    @pytest.mark.parametrize("reused", [False, True])
+    @pytest.mark.parametrize("ending", ["loop", "state", "lifetime"])
+    def test_a_descriptor_closed_while_a_duplicate_lives(self, timed, ending,
+                                                         reused):
+        """The kernel goes on to report it; nobody else notices."""
+        ops = timed.ops
+        sock, conid = timed.client()
+        other, lively = timed.client()
+        number = ops._table.get(conid).sock.fileno()
+        duplicate = os.dup(number)
+        try:
+            os.close(number)
+            if reused:
+                left, right = tcp_pair()
+                timed.socks.append(left)
+                if right.fileno() != number:
+                    os.dup2(right.fileno(), number)
+                    right.close()
+                    right = socket.socket(fileno=number)
+                second = ops.attach(right)
+            sock.sendall(b"x")
+            if ending == "state":
+                assert ops.tcp_conid_state(conid) is State.BAD
+            elif ending == "lifetime":
+                ops.tcp_set_connection_lifetime(conid, 0)
+            assert timed.end(conid).reason in ("error", "lifetime")
+            quiet(ops)
+            timed.talk(other)
+            if reused:
+                assert timed.talk(left).conid == second
+            assert ops.tcp_conid_alive(lively)
+            assert timed.client()
+            quiet(ops)
+        finally:
+            os.close(duplicate)
+
+    def test_another_loop_is_woken_afterwards_too(self, world):
+        """It watches fileno(), whatever was closed behind our back."""
+        ops = world.ops
+        sock, conid = world.client()
+        number = ops._table.get(conid).sock.fileno()
+        duplicate = os.dup(number)
+        with selectors.DefaultSelector() as outer:
+            outer.register(ops.fileno(), selectors.EVENT_READ)
+            os.close(number)
+            sock.sendall(b"x")
+            assert world.end(conid).reason == "error"
+            quiet(ops)
+            assert not outer.select(0)
+            other = socket.create_connection(("127.0.0.1", world.port), 5)
+            world.socks.append(other)
+            assert outer.select(5)
+            world.settle()
+            other.sendall(b"y")
+            assert outer.select(5) and not world.messages
+        os.close(duplicate)
+
+    def test_several_closed_behind_our_back(self, world):
+        """One is found; the look at the others finds them, too."""
+        conids = [world.client()[1] for _ in range(3)]
+        left, right = socket.socketpair()
+        world.ops.attend(right, selectors.EVENT_READ, print)
+        numbers = [world.ops._table.get(conid).sock.fileno()
+                   for conid in conids] + [right.fileno()]
+        duplicates = [os.dup(number) for number in numbers]
+        for number in numbers:
+            os.close(number)
+        world.socks[0].sendall(b"x")
+        world.until(lambda: len(world.ends()) == 3)
+        assert {e.errno for e in world.ends()} == {errno.EBADF}
+        right.detach()
+        left.close()
+        for number in duplicates:
+            os.close(number)
+        world.settle()
+        assert world.talk(world.client()[0])
+
+    @pytest.mark.parametrize("close", [
+        socket.socket.close, lambda sock: os.close(sock.detach()),
+        lambda sock: os.close(sock.fileno())])
+    def test_a_host_s_socket_dismissed_when_it_is_closed(self, world, close):
+        left, right = socket.socketpair()
+        duplicate = right.dup()
+        world.ops.attend(right, selectors.EVENT_READ, print)
+        close(right)
+        left.send(b"x")
+        world.ops.dismiss(right)
+        quiet(world.ops)
+        with contextlib.suppress(OSError):
+            right.detach()
+        left.close()
+        duplicate.close()
+
+    def test_an_attended_function_that_reads_nothing(self, timed, logged):
+        """One line, and no rest: it is the host's affair."""
+        left, right = socket.socketpair()
+        called = []
+        with left, right:
+            timed.ops.attend(right, selectors.EVENT_READ, called.append)
+            left.send(b"x")
+            for turn in range(1, 301):
+                assert timed.ops.step(5) == 1
+                assert len(called) == turn
+                assert len(logged) == (turn >= 100)
+            assert "its function has read nothing" in logged[0]
+            timed.clock.advance(0.1)
+            assert right.recv(9) == b"x"
+            timed.settle()
+            # It reads after all, then no more: that is another line.
+            left.send(b"x")
+            for _ in range(200):
+                timed.ops.step(5)
+            assert len(logged) == 2
+            timed.ops.dismiss(right)
+
+    @pytest.mark.parametrize("count", [1, 3])
+    def test_an_attended_function_under_heavy_traffic(self, world, logged,
+                                                      count):
+        """It reads in each turn, and never all; a listener; a writer."""
+        left, right = socket.socketpair()
+        server = world.server()
+        got, accepted, wrote = [], [], []
+        with left, right:
+            world.ops.attend(right, selectors.EVENT_READ,
+                             lambda mask: got.append(right.recv(count)))
+            world.ops.attend(left, selectors.EVENT_WRITE, wrote.append)
+            world.ops.attend(server, selectors.EVENT_READ, lambda mask: (
+                world.accept(server), accepted.append(mask)))
+            left.send(b"x" * 10)
+            while len(got) < 300:
+                left.send(b"x" * count)  # as many as are taken
+                if len(got) % 10 == 0:
+                    world.socks.append(socket.create_connection(
+                        server.getsockname()))
+                world.ops.step(5)
+            for sock in (left, right, server):
+                world.ops.dismiss(sock)
+        assert not logged and len(accepted) == 30 and len(wrote) == 300
+        assert len(b"".join(got)) == 300 * count
+
+    def interrupted(self, ops, error, call):
+        """Have what a signal handler raises come out of call or the loop."""
+        with pytest.raises(type(error)) as caught:
+            call()
+            for _ in range(20):
+                ops.step(0.1)
+        assert caught.value is error
+
+    @pytest.mark.parametrize("form", Alarms(None).forms())
+    @pytest.mark.parametrize("kind, number", [
+        (OSError, None), (ConnectionResetError, None), (TimeoutError, None),
+        (BlockingIOError, None), (ValueError, None), (OSError, errno.EBADF)])
+    def test_what_a_signal_handler_raises_in_a_recv(self, world, on_signal,
+                                                    form, kind, number):
+        """It leaves step(), and is no error of the socket."""
+        error = kind(number, "mine")
+        sock, conid = world.client()
+        conn = world.ops._table.get(conid)
+        conn.sock = Signalled.of(conn.sock, recv=True)
+        on_signal(Alarms(error).forms()[form])
+        sock.sendall(b"x")
+        self.interrupted(world.ops, error, int)
+        world.until(lambda: world.messages)
+        assert world.ops.tcp_conid_state(conid) is State.OK
+        assert not world.ends()
+
+    @pytest.mark.parametrize("kind, number", [
+        (OSError, None), (ConnectionResetError, errno.ECONNRESET),
+        (BlockingIOError, errno.EAGAIN), (RuntimeError, None)])
+    @pytest.mark.parametrize("where", [
+        "send", "flush", "accept", "select", "run", "probe", "keepalive",
+        "keepalive state", "farewell", "connected", "TCP_INFO",
+        "refused", "accepted"])
+    def test_what_a_signal_handler_raises_elsewhere(
+            self, world, monkeypatch, on_signal, where, kind, number):
+        ops, error = world.ops, kind(number, "mine")
+        sock, conid = world.client()
+        conn = ops._table.get(conid)
+        calls = {
+            "send": lambda: ops.send(conid, b"hello"),
+            "probe": lambda: ops.tcp_conid_state(conid),
+            "keepalive": lambda: ops.tcp_keepalive_enable(conid, 9, 9, 9),
+            "keepalive state": lambda: ops.connection(conid),
+            "TCP_INFO": lambda: tcpops.tcp_info(conn.sock),
+            "farewell": lambda: ops.tcp_close_connection(conid),
+        }
+        script = {"send": "send", "flush": "send", "probe": "getsockopt",
+                  "keepalive": "setsockopt", "farewell": "recv",
+                  "keepalive state": "getsockopt", "TCP_INFO": "getsockopt"}
+        assert ops.send(conid, b"first") and sock.recv(9) == b"first"
+        if where == "flush":
+            world.fill(conid)
+            while select.select([sock], [], [], 0.01)[0]:
+                sock.recv(1 << 20)
+        if where in script:
+            conn.sock = Signalled.of(conn.sock, **{script[where]: True})
+        on_signal(Alarms(error).method)
+        call = calls.get(where, int)
+        if where == "accept":
+            listener = ops._table.get(world.listener)
+            listener.sock = Signalled.of(listener.sock, accept=True)
+            world.socks.append(socket.create_connection(
+                ("127.0.0.1", world.port)))
+        elif where in ("select", "run"):
+            real = ops._select
+
+            def interrupt(timeout):
+                ops._select = real
+                signal.raise_signal(signal.SIGUSR1)
+            ops._select = interrupt
+            call = ops.run if where == "run" else int
+        elif where in ("connected", "refused"):
+            class Interrupted(socket.socket):
+                def getpeername(self):
+                    del Interrupted.getpeername
+                    signal.raise_signal(signal.SIGUSR1)
+            address = world.server().getsockname()
+            monkeypatch.setattr(socket, "socket", Interrupted)
+            if where == "refused":
+                address = ("127.0.0.1", free_port())
+            other = ops.connect(*address)
+            if where == "refused":
+                monkeypatch.setattr(ops, "_socket_for", lambda *_:
+                                    signal.raise_signal(signal.SIGUSR1))
+        elif where == "accepted":
+            real = socket.socket.setsockopt
+
+            def interrupt(*args):
+                monkeypatch.undo()
+                signal.raise_signal(signal.SIGUSR1)
+            monkeypatch.setattr(socket.socket, "setsockopt", interrupt,
+                                raising=False)
+            world.socks.append(socket.create_connection(
+                ("127.0.0.1", world.port)))
+        self.interrupted(ops, error, call)
+        monkeypatch.undo()
+        if where == "refused":
+            ops.tcp_close_connection(other)
+            world.end(other)
+            world.events.clear()
+        if where == "connected":
+            assert ops.tcp_conid_alive(other)
+        world.settle()
+        assert len(world.ends()) == (where == "farewell")
+        assert len(ops.connections()) in (1, 2) or where == "farewell"
+        if where != "farewell":
+            assert ops.tcp_conid_state(conid) is State.OK
+            world.talk(sock)
+            assert ops.send(conid, b"on it goes") is Result.SUCCESS
+        world.client()
+
+    def test_a_signal_handler_that_raises_right_behind_a_call(self, world,
+                                                              on_signal):
+        """As it is with C functions: ours is the frame it interrupts."""
+        error = ConnectionResetError(errno.ECONNRESET, "mine")
+        sock, conid = world.client()
+        conn = world.ops._table.get(conid)
+        conn.sock = ScriptedSocket.of(conn.sock)
+        conn.sock.recv = signal.raise_signal
+        world.ops._recv_size = signal.SIGUSR1.value
+        on_signal(Alarms(error).method)
+        sock.sendall(b"x")
+        self.interrupted(world.ops, error, int)
+        del conn.sock.recv
+        world.until(lambda: world.messages)
+        assert not world.ends()
+
+    def test_a_signal_handler_s_error_inside_a_handler(self, world, logged,
+                                                       on_signal):
+        """Nobody can tell it from the handler's own."""
+        on_signal(Alarms(OSError("mine")).method)
+        world.on_message = lambda msg: signal.raise_signal(signal.SIGUSR1)
+        sock, conid = world.client()
+        world.talk(sock)
+        assert len(logged) == 1 and world.ops.tcp_conid_alive(conid)
+
+    @pytest.mark.parametrize("fate", ["closed", "blocking", "a file"])
+    def test_the_host_s_wakeup_descriptor_is_closed(self, world, fate):
+        reader, writer = socket.socketpair()
+        reader.setblocking(False)
+        number = writer.detach()
+        os.set_blocking(number, False)
+        other = os.open(os.devnull, os.O_RDONLY)
+        before = signal.set_wakeup_fd(number)
+        try:
+            if fate == "closed":
+                world.ops.call_soon(os.close, number)
+            elif fate == "blocking":
+                world.ops.call_soon(os.set_blocking, number, True)
+            else:
+                world.ops.call_soon(os.dup2, other, number)
+            world.ops.call_soon(world.ops.stop)
+            world.ops.run()
+            kept = signal.set_wakeup_fd(-1)
+            assert kept in (-1, number)
+            assert kept == -1 or fate == "a file"
+            world.ops.call_soon(world.ops.stop)
+            world.ops.run()
+            world.talk(world.client()[0])
+        finally:
+            signal.set_wakeup_fd(before)
+            os.close(other)
+            reader.close()
+            if fate != "closed":
+                os.close(number)
+
+    @pytest.mark.parametrize("where", [
+        "message", "line", "accept", "open", "deadline", "waiting", "bury",
+        "connect", "event"])
+    @pytest.mark.parametrize("error", [
+        TypeError, ValueError, RuntimeError, AssertionError, KeyError])
+    def test_a_fault_of_ours_is_raised(self, make_world, monkeypatch, logged,
+                                       where, error):
+        """Its connection ends with "error"; nobody else is blamed."""
+        world = make_world(framing="line" if where in ("line", "waiting")
+                           else "raw")
+        ops = world.ops
+        sock, conid = world.client()
+        other, lively = world.client()
+        if where == "waiting":
+            sock.sendall(b"x\n" * 20)
+            world.ops.step(5)
+        if where == "deadline":
+            ops.tcp_set_connection_lifetime(conid, 0)
+        if where == "bury":
+            sock.sendall(b"x")
+            rst(sock)
+            assert ops.tcp_conid_state(conid) is State.ERROR
+        name = {"accept": "_greet", "open": "_open", "connect": "_greet",
+                "deadline": "_expired", "event": "_call_event"}.get(
+                    where, "_message")
+        real = getattr(ops, name)
+
+        def fault(*args):
+            monkeypatch.setattr(ops, name, real)
+            raise error("a bug")
+        monkeypatch.setattr(ops, name, fault)
+        if where in ("accept", "open"):
+            world.socks.append(socket.create_connection(
+                ("127.0.0.1", world.port)))
+            conid = lively + 1
+        elif where == "connect":
+            conid = ops.connect(*world.server().getsockname())
+        elif where == "event":
+            sock.sendall(b"x")
+            world.on_message = lambda msg: msg.conid == conid and (
+                ops._queue_event(ops._table.get(conid), "tcp:opened",
+                                 (None, None, "")))
+        elif where in ("message", "line"):
+            sock.sendall(b"x\n")
+        with pytest.raises(error, match="a bug"):
+            for _ in range(20):
+                ops.step(0.1)
+        event = world.end(conid)
+        assert (event.name, event.reason, event.errno) == (
+            ("tcp:reset", "reset", errno.ECONNRESET) if where == "bury"
+            else ("tcp:closed", "error", None))
+        assert where == "bury" or "a fault in tcpops" in event.detail
+        assert not logged
+        world.on_message = None
+        world.talk(other, b"y\n")
+        assert world.ops.tcp_conid_alive(lively)
+
+    @pytest.mark.parametrize("function", LAZY, ids=range(len(LAZY)))
+    @pytest.mark.parametrize("place", [
+        "request_route", "onreply_route", "event_route", "event_callback",
+        "call_soon", "attend", "TcpOps"])
+    def test_what_would_run_nothing_raises(self, world, place, function):
+        ops = world.ops
+        left, right = socket.socketpair()
+        with left, right, pytest.raises(TypeError,
+                                        match="a plain function is needed"):
+            if place == "event_route":
+                ops.event_route("tcp:closed")(function)
+            elif place == "event_callback":
+                ops.event_callback = function
+            elif place == "attend":
+                ops.attend(right, selectors.EVENT_READ, function)
+            elif place == "TcpOps":
+                tcpops.TcpOps(event_callback=function)
+            else:
+                getattr(ops, place)(function)
+        assert ops._request == world._message and ops._onreply is None
+        assert ops.event_callback is None
+        world.talk(world.client()[0])  # none of it has been taken
 
 
 # -- every way to die ---------------------------------------------------------
@@ -6103,6 +7659,18 @@ class TestTls:
         assert "Verification: OK" in shown and "\nthree\n" in shown
         assert world.ends()[0].reason == "eof"
 
+    @pytest.mark.parametrize("version", VERSIONS[-2:])
+    def test_where_renegotiation_cannot_be_forbidden(self, make_world,
+                                                     monkeypatch, version):
+        """PyPy's ssl has no name for it."""
+        server, client = contexts(version)
+        monkeypatch.delattr(ssl, "OP_NO_RENEGOTIATION")
+        world = make_world(tls=server)
+        conid = world.ops.connect("127.0.0.1", world.port, tls=client)
+        assert world.ops.send(conid, b"hello") is Result.SUCCESS
+        world.until(lambda: world.messages)
+        assert world.messages[0].data == b"hello"
+
 
 # -- the same over every transport --------------------------------------------
 
@@ -6179,6 +7747,7 @@ class TestTransports:
 
     @real_time
     @pytest.mark.parametrize("flight", ["idle", "in flight"])
+    @as_root(why_nobody_vanishes)
     def test_3_3_vanished(self, transport, flight):
         """All at once, since they take seconds."""
         dying = []
@@ -6322,6 +7891,7 @@ class Hosts:
         self.inside_run("ip", "link", "set", "inner", "down")
 
 
+@functools.lru_cache(None)  # within a test its hosts are there
 def why_no_hosts():
     """Return why namespaces cannot be made here, or an empty string."""
     if os.environ.get("CI"):
@@ -6336,9 +7906,9 @@ def why_no_hosts():
 
 @pytest.fixture
 def hosts():
-    reason = why_no_hosts()
-    if reason:
-        pytest.skip(reason)
+    if why_no_hosts():
+        yield None  # the test is run elsewhere, or skipped
+        return
     with Hosts() as made:
         yield made
 
@@ -6383,6 +7953,7 @@ class TestVanished:
         assert sorted(e.conid for e in world.ends()) == sorted(conids)
         return told
 
+    @as_root(why_no_hosts)
     def test_3_3_fates(self, hosts, make_world):
         """What ICMP says is why it vanished, and no reset or close."""
         world = make_world(send_timeout=60, max_write_buffer=1)
@@ -6399,6 +7970,7 @@ class TestVanished:
                 numbers = (errno.ETIMEDOUT,)
             assert event.errno in numbers, (fate, condition)
 
+    @as_root(why_no_hosts)
     def test_3_3_unplugged(self, hosts, make_world):
         world = make_world(send_timeout=60, max_write_buffer=1)
         told = self.lost(hosts, world, hosts.unplug,
@@ -6407,6 +7979,7 @@ class TestVanished:
             assert (event.reason, state) == ("keepalive", State.ERROR)
             assert after < Keepalive(1, 2, 1).limit + 1
 
+    @as_root(why_no_hosts)
     def test_connect_unreachable(self, hosts, make_world):
         """Nobody has that address: the kernel says so, after 3 s of ARP."""
         world = make_world(connect_timeout=9)
@@ -6592,7 +8165,7 @@ class Chaos:
 class TestScale:
     @pytest.mark.parametrize("framing", ["raw", "line"])
     @pytest.mark.parametrize("seed", SEEDS)
-    def test_chaos(self, seed, framing):
+    def test_chaos(self, descriptors, seed, framing):
         """Random programs against what must hold; the seed reproduces it."""
         gc.collect()
         before = len(os.listdir("/proc/self/fd"))
@@ -6606,7 +8179,7 @@ class TestScale:
         assert len(chaos.ended) > 300
         assert len(os.listdir("/proc/self/fd")) == before
 
-    def test_20000_connections_killed_in_ten_ways(self):
+    def test_20000_connections_killed_in_ten_ways(self, descriptors):
         """In batches of hundreds; none missing, none double."""
         gc.collect()
         before = len(os.listdir("/proc/self/fd"))
@@ -6646,16 +8219,17 @@ class TestScale:
             "closed": ({"closed"}, lambda sock, conid:
                        ops.tcp_close_connection(conid)),
         }
-        for batch in range(20):
+        size = 1000 if descriptors > 2100 else 400
+        for batch in range(20000 // size):
             socks = []
-            for n in range(1000):
+            for n in range(size):
                 sock = socket.socket()
                 sock.bind((f"127.0.{batch + 1}.1", 0))
                 sock.connect(("127.0.0.1", world.port))
                 socks.append(sock)
                 if n % 200 == 0:
                     ops.step(0)
-            world.until(lambda: len(ops.connections()) == 1000)
+            world.until(lambda: len(ops.connections()) == size)
             choose.shuffle(socks)
             for sock in socks:
                 reasons, kill = ways[choose.choice(list(ways))]
@@ -7088,6 +8662,30 @@ class TestFaults:
         p99(good)
         assert victim.logged() == []
 
+    @pytest.mark.skipif(not LINUX, reason="the flag's number is Linux's")
+    def test_a_broken_pipe_where_the_flag_has_no_name(self):
+        """PyPy's socket has no MSG_NOSIGNAL, and the host has undone Python's
+        choice to ignore SIGPIPE.
+        """
+        code = ("import select, signal, socket\n"
+                "vars(socket).pop('MSG_NOSIGNAL', None)\n"
+                "import tcpops\n"
+                "signal.signal(signal.SIGPIPE, signal.SIG_DFL)\n"
+                "with tcpops.TcpOps() as ops:\n"
+                "    with socket.create_server(('127.0.0.1', 0)) as server:\n"
+                "        peer = socket.create_connection("
+                "server.getsockname())\n"
+                "        sock = server.accept()[0]\n"
+                "    conid = ops.attach(sock)\n"
+                "    ops.step(0)\n"
+                "    peer.close()\n"
+                "    for _ in range(2):\n"
+                "        ops.send(conid, b'x')\n"
+                "        select.select([sock], [], [], 5)\n"
+                "    print(ops.tcp_conid_state(conid), 'lives')\n")
+        done = run(sys.executable, "-c", code, cwd=HERE)
+        assert done.stdout.split()[-1] == "lives"
+
 
 # -- section 13 of the file: the command line ---------------------------------
 
@@ -7463,13 +9061,11 @@ class TestCommandLine:
         assert (status, line) == (1, "tcpops.py: cannot listen on 127.0.0.1:"
                                   f"{world.port}: Address already in use")
 
-    @pytest.mark.skipif(os.getuid() != 0, reason="needs root, to drop"
-                        " CAP_NET_BIND_SERVICE as an ordinary user has it")
     def test_a_low_port_as_an_ordinary_user(self):
         limit = Path("/proc/sys/net/ipv4/ip_unprivileged_port_start")
         if int(limit.read_text()) <= 1:
             pytest.skip("every port is free to all on this machine")
-        drop = ("import ctypes, os, sys;"
+        drop = ("import ctypes, os, sys;"  # CAP_NET_BIND_SERVICE, of root
                 "ctypes.CDLL(None).prctl(24, 10, 0, 0, 0);"
                 "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])")
         done = subprocess.run(
@@ -7640,7 +9236,7 @@ class TestRoutes:
         ("def f():\n    1 / 0\n\nf()\n", ":2: ZeroDivisionError"),
         ("x = 1\ny = = 2\n", ":2: SyntaxError"),
         ("import no_such_module\n", ":1: ModuleNotFoundError"),
-        ("modparam('tcpops', 'closed_event', 9)\n", ":1: ValueError"),
+        ("modparam('tcpops', 'closed_event', 9)\n", ":1: _ArgumentError"),
         ("event_route('nonsense')\n", ":1: ValueError: an event is one of"),
         ("open('/no/such')\n", ":1: FileNotFoundError"),
         ("x\0\n", ": "),
@@ -7655,19 +9251,22 @@ class TestRoutes:
 class TestCommandLineLayers:
     """--framing sip and ws, --certfile and its like."""
 
-    def test_tls(self, cli, tmp_path):
+    @pytest.mark.parametrize("name", [
+        pytest.param("localhost", marks=needs_localhost), "127.0.0.1"])
+    def test_tls(self, cli, tmp_path, name):
         """Two programs, one each side; certificate and key in two files."""
         text = Path(CERTIFICATE).read_text()
         at = text.index("-----BEGIN PRIVATE")
         (tmp_path / "cert").write_text(text[:at])
         (tmp_path / "key").write_text(text[at:])
-        server = cli("--listen", 0, "--certfile", tmp_path / "cert",
+        server = cli("--listen", f"{name}:0", "--certfile", tmp_path / "cert",
                      "--keyfile", tmp_path / "key", "--echo")
-        line = server.until(r"listening on \S+:(\d+) \(conid 1, tls, raw\);"
-                            r" try: openssl s_client -quiet -connect \S+:\1$")
-        client = cli("--connect", f"localhost:{line[1]}", "--cafile",
+        line = server.until(r"listening on (\S+):(\d+) \(conid 1, tls, raw\);"
+                            r" try: openssl s_client -quiet -connect \1:\2$")
+        client = cli("--connect", f"{name}:{line[2]}", "--cafile",
                      CERTIFICATE, "--console")
-        client.until(r"connecting to 127.0.0.1:\d+ \(conid 1, tls, raw\)")
+        client.until(rf"connecting to {re.escape(line[1])}:{line[2]}"
+                     r" \(conid 1, tls, raw\)")
         client.until("tcp:opened .* tls ")
         client.type("send 1 hello")
         client.until("message .* 5 bytes  b'hello'")
@@ -7679,7 +9278,7 @@ class TestCommandLineLayers:
     def test_not_trusted(self, cli):
         server = cli("--listen", 0, "--certfile", CERTIFICATE)
         port = server.port()
-        client = cli("--connect", f"localhost:{port}", "--tls")
+        client = cli("--connect", f"127.0.0.1:{port}", "--tls")
         client.until("tcp:closed .* protocol .*handshake failed")
         status, _, err = client.end()
         assert status == 1 and "no connection was made" in err
@@ -7736,6 +9335,8 @@ class TestCommandLineLayers:
     ])
     def test_what_cannot_work(self, options, status, line):
         found, text = refused(*options)
+        if PYPY and re.search(r"/no/such: (\[|Error)", text):
+            pytest.skip("PyPy's ssl does not say why it cannot open a file")
         assert found == status and re.search(line, text)
 
     def test_a_key_with_a_password(self, tmp_path):
@@ -8200,9 +9801,11 @@ class TestReadme:
 
 
 class TestExamples:
-    @pytest.mark.parametrize("name", sorted(
-        path.name for path in (HERE / "examples").glob("*.py")
-        if path.name not in ("bench.py", "conformance.py")))
+    @pytest.mark.parametrize("name", [
+        pytest.param(path.name, marks=needs_localhost)
+        if path.name == "find_by_address.py" else path.name
+        for path in sorted((HERE / "examples").glob("*.py"))
+        if path.name not in ("bench.py", "conformance.py", "vanish.py")])
     def test_an_example_prints_what_it_says(self, name, tmp_path):
         path = HERE / "examples" / name
         text = path.read_text(encoding="utf-8")
@@ -8257,14 +9860,14 @@ class TestExamples:
     @needs("sipp")
     @pytest.mark.parametrize("transport", ["t1", "tn"],
                              ids=["one connection", "one per call"])
-    def test_sipp(self, transport, tmp_path):
+    def test_sipp(self, descriptors, transport, tmp_path):
         """OPTIONS, and calls from a caller to a callee, none failed."""
         scenario = tmp_path / "options.xml"
         scenario.write_text(SIPP_OPTIONS)
         with serving("sip_server") as (host, port):
             callee = f"{host}:{free_port()}"
             common = ["-i", host, "-nostdin", "-timeout", "60",
-                      "-max_socket", "2000"]
+                      "-max_socket", str(min(2000, descriptors - 100))]
             sipp(tmp_path, *common, "-t", transport, "-m", 1500, "-r", 500,
                  "-sf", scenario, f"{host}:{port}")
             with subprocess.Popen(
@@ -8380,11 +9983,14 @@ class TestConformance:
         done = conformance("--json", "--must-pass", "tcpops")
         assert (done.stderr, done.returncode) == ("", 0)
         told = json.loads(done.stdout)
+        lasting, no_hosts = why_nobody_vanishes(), why_no_hosts()
         assert len(told["scenarios"]) == len(suite.SCENARIOS) >= 60
         for one in told["scenarios"]:
             assert set(one["answers"]) == {"tcpops", "kamailio"}
-            assert one["answers"]["tcpops"]["verdict"] == "pass", one
-            if not why_no_hosts() and shutil.which("ss"):
+            # What cannot be had here is skipped; root always has it.
+            assert one["answers"]["tcpops"]["verdict"] in (
+                ("pass", "skipped") if lasting else ("pass",)), one
+            if not no_hosts and shutil.which("ss"):
                 assert one["answers"]["kamailio"]["verdict"] != "skipped", one
 
     def test_the_table_and_the_readme(self, suite):

@@ -30,7 +30,7 @@ parser.add_argument("--listen", metavar="HOST:PORT",
                     type=tcpops.parse_address, help="stay up, and serve there")
 options = parser.parse_args()
 
-certificate = Path(__file__).with_name("localhost.pem")  # worthless elsewhere
+certificate = str(Path(__file__).with_name("localhost.pem"))  # only for here
 server_side = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
 server_side.load_cert_chain(certificate)
 client_side = ssl.create_default_context(cafile=certificate)

@@ -57,7 +57,6 @@ Copyright (c) 2026, the tcpops authors.  BSD-2-Clause: see the end of the file.
 # 1. Imports and public names
 # ---------------------------------------------------------------------------
 
-import argparse
 import binascii
 import codecs
 import collections
@@ -67,7 +66,6 @@ import errno
 import functools
 import heapq
 import itertools
-import json
 import logging
 import math
 import numbers
@@ -77,10 +75,8 @@ import reprlib
 import selectors
 import signal
 import socket
-import stat
 import struct
 import sys
-import threading
 import time
 import weakref
 from typing import NamedTuple, Optional
@@ -88,17 +84,10 @@ from typing import NamedTuple, Optional
 __version__ = "0.9.0"
 
 __all__ = [
-    "State", "Result", "Event", "EVENT_NAMES", "REASONS",         # section 2
-    "parse_address",                                              # section 3
-    "Keepalive",                                                  # section 5
-    "probe",                                                      # section 6
-    "Message", "TextMessage", "ProtocolError", "SKIPPED",         # section 7
-    "Framing", "RawFraming", "LineFraming",
-    "SipMessage", "SipFraming",                                   # section 8
-    "WebSocketFraming",                                           # section 9
-    "ConnectionInfo",                                             # section 11
-    "TcpOps",                                                     # section 15
-    "main",                                                       # section 16
+    "State", "Result", "Event", "EVENT_NAMES", "REASONS", "parse_address",
+    "Keepalive", "probe", "Message", "TextMessage", "ProtocolError", "SKIPPED",
+    "Framing", "RawFraming", "LineFraming", "SipMessage", "SipFraming",
+    "WebSocketFraming", "ConnectionInfo", "TcpOps", "main",
 ]
 
 log = logging.getLogger("tcpops")
@@ -237,6 +226,10 @@ class Event(NamedTuple):
     age: float              #: seconds since the conid was handed out
     bytes_in: int           #: bytes received
     bytes_out: int          #: bytes handed to the kernel
+    queued: int             #: bytes in our queue; at the end, lost ones
+    origin: str             #: "accept", "connect" or "attach"
+    listener: Optional[int]     #: conid of the listener that accepted it
+    opened: bool            #: whether it has been usable
 
 # ---------------------------------------------------------------------------
 # 3. What callers pass
@@ -476,9 +469,6 @@ class Deadlines:
     def __init__(self):
         self._heap = []  # of (when, conid, owner)
         self._live = 0   # how many owners have a wake
-
-    def __len__(self):
-        return len(self._heap)
 
     def arm(self, owner, when):
         """Make sure the owner fires no later than `when`."""
@@ -1694,6 +1684,7 @@ class Stack(NamedTuple):
     context: object      #: an ssl.SSLContext, None: no TLS
     server_hostname: Optional[str]
     host: str            #: what connect was told, "host:port"
+    listener: Optional[int] = None  #: the conid of the one whose stack it is
 
     @classmethod
     def of(cls, framing, tls=None, server_hostname=None, address=None):
@@ -1771,11 +1762,9 @@ _RECEIVING = (Phase.OPEN, Phase.OPENING, Phase.DOOMED)
 
 
 class Connection:
-    """What the loop knows of a connection, or of a listener.
+    """What the loop knows of a connection or a listener; it alone writes here.
 
-    A record: whoever reads it finds every number of the connection in one
-    place.  The loop alone writes it.  No __dict__, since there may be tens of
-    thousands of them.
+    No __dict__, since there may be tens of thousands of them.
     """
 
     __slots__ = (
@@ -1822,6 +1811,12 @@ class Connection:
         return min(self.active + self.lifetime, self.work_due, self.send_due,
                    self.keepalive_due)
 
+    def facts(self):
+        """Return the last fields of snapshots and events."""
+        return (len(self.out or ()) + self.early_bytes, self.origin,
+                self.stack.listener if self.origin == "accept" else None,
+                self.opened)
+
 
 class ConnectionInfo(NamedTuple):
     """A snapshot of a connection, see TcpOps.connection.
@@ -1845,6 +1840,10 @@ class ConnectionInfo(NamedTuple):
     keepalive: Optional[Keepalive]  #: as the kernel has it, None if off
     bytes_in: int
     bytes_out: int
+    queued: int             #: bytes of our queue
+    origin: str             #: "accept", "connect", "attach" or "listen"
+    listener: Optional[int]         #: conid of the listener that accepted it
+    opened: bool            #: whether it has been usable
 
 # ---------------------------------------------------------------------------
 # 12. The table of connections
@@ -1899,10 +1898,7 @@ class Table:
             del self._by_peer[conn.peer]
 
     def find_peer(self, peer, protos):
-        """Return the youngest connection with a peer, or None.
-
-        protos are those that will do, None for all.
-        """
+        """Return the youngest connection with a peer, of protos if given."""
         held = self._by_peer.get(peer, {})
         if not isinstance(held, dict):
             held = {held.conid: held}
@@ -1940,10 +1936,7 @@ class Routes:
 
     @property
     def event_callback(self):
-        """Called with the event's name, instead of any event route, if set.
-
-        The event itself is TcpOps.event then.
-        """
+        """Called with the event's name instead of any route; see event."""
         return self._event_callback
 
     @event_callback.setter
@@ -1956,11 +1949,10 @@ class Routes:
     def modparam(self, module, name, value):
         """Set a parameter as the script language does.  Spec: 2.
 
-        The module is "tcpops", the parameters are closed_event and
-        event_callback.  Raises ValueError for any other, and a wrong value.
+        Raises ValueError for a wrong value, and any other parameter.
         """
-        if module != "tcpops" or name not in ("closed_event",
-                                              "event_callback"):
+        known = ("tcpops", "closed_event"), ("tcpops", "event_callback")
+        if (module, name) not in known:
             raise ValueError(
                 'modparam knows "tcpops" with "closed_event" and'
                 f' "event_callback", not {module!r} with {name!r}')
@@ -1974,8 +1966,7 @@ class Routes:
     def onreply_route(self, handler):
         """Decorator: call handler(msg) for each message that is an answer.
 
-        See Message.is_reply.  Without such a handler request_route's gets
-        them too.
+        See Message.is_reply.  Without it request_route's gets them too.
         """
         self._onreply = _function(handler)
         return handler
@@ -2071,9 +2062,9 @@ def _descriptor_limit():
     """Return how many connections the process may open, less a reserve."""
     try:
         import resource
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     except ImportError:  # pragma: no cover (Windows has no such limit)
         return NEVER
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return NEVER if soft == resource.RLIM_INFINITY else max(1, soft - _RESERVE)
 
 
@@ -2096,10 +2087,7 @@ _FAILED = object()
 
 
 def _take(queue):
-    """Take out what a queue holds now, not what is added meanwhile.
-
-    A handler that makes new work for itself does not keep the others waiting.
-    """
+    """Take out what a queue holds now: new work of a handler's waits."""
     for _ in range(len(queue)):
         if not queue:
             return  # pragma: no cover (in a child, after fork(), tested too)
@@ -2209,9 +2197,8 @@ class Loop(Routes):
     def attend(self, sock, events, ready):
         """Call ready(mask) whenever a socket of the host program's is ready.
 
-        For a socket that is no connection and is to have no conid.  events
-        and mask are those of the selectors module.  What ready raises is
-        logged.  It has to read what there is: it is called until it does.
+        For a socket without a conid.  events and mask are those of the
+        selectors module.  It is called until it has read what there is.
         """
         _function(ready)
         self._selector.register(sock, events, _Attended(
@@ -2239,6 +2226,11 @@ class Loop(Routes):
                                  _MAX_SECONDS)
 
     @property
+    def closed(self):
+        """Whether close() was called."""
+        return self._closing
+
+    @property
     def conid(self):
         """The conid of the current message or event; None outside."""
         return None if self._current is None else self._current.conid
@@ -2260,13 +2252,16 @@ class Loop(Routes):
             conn.stack.name, self._state(conn), now - conn.since,
             max(0.0, now - conn.active), conn.lifetime,
             None if due == NEVER else due, get_keepalive(conn.sock),
-            conn.bytes_in, conn.bytes_out)
+            conn.bytes_in, conn.bytes_out, *conn.facts())
+
+    def conids(self):
+        """Return a list of the conids of connections, without any probe."""
+        return [conn.conid for conn in self._table if not conn.forgotten
+                and conn.phase not in (Phase.LISTENING, Phase.ENDED)]
 
     def connections(self):
         """Return a list of the ConnectionInfo of every connection."""
-        infos = (self.connection(conn.conid) for conn in self._table
-                 if conn.phase is not Phase.LISTENING)
-        return [info for info in infos if info is not None]
+        return list(filter(None, map(self.connection, self.conids())))
 
     def listeners(self):
         """Return a list of the ConnectionInfo of every listener."""
@@ -2324,10 +2319,20 @@ class Loop(Routes):
         conn = self._begin(sock, Phase.LISTENING, "listen", stack,
                            local=local)
         conn.proto = "tcp" if layer is None else layer.proto
+        conn.stack = stack._replace(listener=conn.conid)
         self._watch(conn, _READ)
         if conn.cause is not None:  # the selector has no room for it
             raise OSError(conn.cause.errno, conn.cause.detail)
         return conn.conid
+
+    def set_tls(self, listener, context):
+        """Give a listener another ssl.SSLContext, for its new connections."""
+        conn = self._table.get(listener) if type(listener) is int else None
+        if conn is None or conn.origin != "listen" or not conn.stack.context:
+            raise ValueError("set_tls takes the conid of a listener with TLS,"
+                             f" not {reprlib.repr(listener)}")
+        Stack._check_context(context, client=False)
+        conn.stack = conn.stack._replace(context=context)
 
     def connect(self, host, port, *, framing="raw", tls=None,
                 server_hostname=None):
@@ -2336,10 +2341,10 @@ class Loop(Routes):
         tls is an ssl.SSLContext for clients, which says what is verified;
         server_hostname is the name in the certificate where it is not host.
 
-        What becomes of it is told by an event: tcp:opened, or an end.  What
-        is sent meanwhile is queued.  A name is looked up at once, which may
-        block, and its addresses are tried in turn, all within
-        connect_timeout.  Raises OSError (no such name, no descriptor).
+        An event tells the outcome: tcp:opened, or an end.  What is sent
+        meanwhile is queued.  A name is looked up at once, which may block; its
+        addresses are tried in turn, all within connect_timeout.  Raises
+        OSError (no such name, no descriptor), ValueError (not a name).
         """
         stack = Stack.of(framing, tls, server_hostname, (host, port))
         self._check_room()
@@ -2443,11 +2448,9 @@ class Loop(Routes):
         Safe from a signal handler and from any thread.  Called before run(),
         it makes that return at once.  A loop of your own around step() should
         give it a timeout: only run() is woken by a signal that comes at the
-        very moment at which the wait begins.
-
-        Call it instead of raising in a signal handler: what that raises may
-        come between any two steps of ours.  It leaves run() and ends nothing,
-        but a message that was under way then may be lost.
+        very moment at which the wait begins.  Call stop() rather than raise
+        in a signal handler: an exception leaves run() and ends nothing, but
+        between two steps of ours it may lose the message in hand.
         """
         self._stopping = True
         self._wake()
@@ -2513,8 +2516,7 @@ class Loop(Routes):
 
         With next_deadline() it lets any other event loop drive this one: call
         step(0) when it is readable and when the deadline has come, and ask
-        for the next deadline after each step.
-        Raises OSError where the system's selector has none (Windows).
+        for the next one after each step.  Raises OSError on Windows.
         """
         self._check_running()
         if not hasattr(self._selector, "fileno"):  # pragma: no cover (Windows)
@@ -2643,9 +2645,7 @@ class Loop(Routes):
                                   f"a fault in tcpops: {error!r}"))
 
     def _guard(self, in_vain):
-        """Have owners rest that are ready turn after turn, and in vain: no
-        errno that nobody thought of may keep the processor busy for ever.
-        """
+        """Have owners rest that are ready again and again, and in vain."""
         before = self._in_vain
         self._in_vain = {owner: before.get(owner, 0) + 1 for owner in in_vain}
         for owner, count in self._in_vain.items():
@@ -2766,7 +2766,8 @@ class Loop(Routes):
         """Note an event; it is told when no handler runs."""
         self._events_due.append((conn, Event(
             conn.conid, name, *cause, conn.proto, *conn.peer, *conn.local,
-            self._clock() - conn.since, conn.bytes_in, conn.bytes_out)))
+            self._clock() - conn.since, conn.bytes_in, conn.bytes_out,
+            *conn.facts())))
         self._nudge()
 
     def _tell(self):
@@ -2950,8 +2951,6 @@ class Loop(Routes):
 
     def _report_end(self, conn, listening):
         """Forget an ended connection; queue its event."""
-        conn.out = conn.layer = None
-        conn.early = ()
         log.debug("conid %d has ended, %s: %s", conn.conid, *conn.cause[::2])
         if listening:
             self._table.remove(conn)
@@ -2965,6 +2964,8 @@ class Loop(Routes):
             self._queue_event(conn, REASONS[conn.cause.reason], conn.cause)
         else:
             self._table.remove(conn)
+        conn.out = conn.layer = None
+        conn.early = ()
         if self._resting:
             self._resume([owner for owner in self._resting
                           if owner.phase is Phase.LISTENING])
@@ -3008,10 +3009,8 @@ class Loop(Routes):
                 self._lost = 1
 
     def _renew_selector(self):
-        """Put a fresh epoll in the place of ours.
-
-        A descriptor was closed behind our back.  While a duplicate of it
-        lives, epoll goes on reporting it and cannot be told not to.
+        """Put a fresh epoll in the place of ours: one goes on reporting what
+        was closed behind our back, as long as a duplicate lives.
         """
         self._lost = 0
         if not hasattr(self._selector, "fileno"):  # pragma: no cover (select)
@@ -3085,10 +3084,7 @@ class Loop(Routes):
                 and len(conn.out) >= self._max_write_buffer)
 
     def _serve(self, conn, mask):
-        """Do what an open connection was selected for.
-
-        Returns whether anything came of it, for _guard.
-        """
+        """Write and read; return whether anything came of it, for _guard."""
         done = False
         if conn.out is not None and mask & _WRITE:
             done = self._flush(conn)
@@ -3134,9 +3130,8 @@ class Loop(Routes):
     def _deliver(self, conn, data=b""):
         """Hand over the messages that a framing holds, up to a turn's share.
 
-        data is what has been received just now.  Stops where a handler has
-        closed the connection or has queued more than it may; _flush comes
-        back when the queue is shorter.
+        data has just been received.  Stops where a handler has closed the
+        connection or filled its queue: _flush comes back for the rest.
         """
         layer, count, anew = conn.layer, 0, False
         try:
@@ -3327,13 +3322,11 @@ class Loop(Routes):
     # -- listeners and connect() ------------------------------------------
 
     def _check_taking(self):
-        """Raise what listen, connect and attach raise at a wrong time."""
         self._check_running()
         if self._draining:
             raise RuntimeError("this TcpOps is being drained")
 
     def _check_room(self):
-        """Raise what connect and attach raise where there is no room."""
         self._check_taking()
         if self._live >= self._max_connections:
             raise OSError(errno.EMFILE, "max_connections reached")
@@ -3415,9 +3408,7 @@ class Loop(Routes):
 
     @staticmethod
     def _socket_for(addresses):
-        """Return (socket to connect with, address, the addresses left), or
-        raise OSError: the system has a socket for none of them.
-        """
+        """Return (socket, its address, the addresses left); or OSError."""
         failure = OSError(errno.EADDRNOTAVAIL, "no address is left")
         for count, (family, address) in enumerate(addresses, 1):
             try:
@@ -3573,10 +3564,7 @@ class Loop(Routes):
         return conn.cause.state
 
     def _probe(self, conn):
-        """Return (State, whether bytes wait to be read) of a connection.
-
-        What is found is kept: the probe has consumed it.
-        """
+        """Return (State, whether bytes wait); keep what that has consumed."""
         state, number, unread = _look(conn.sock)
         fatal = number is not None and state is not _OK
         if conn.phase is Phase.CONNECTING:
@@ -3601,9 +3589,8 @@ class Loop(Routes):
         return state, unread
 
     def _last_look(self, conn):
-        """Before we end a connection: an RST that has come is the reason.
-
-        A FIN is not, unless it was seen: the connection is ours to end then.
+        """Before we end a connection: an RST that came is the reason, a FIN
+        is not unless it was seen.
         """
         if conn.cause is None:
             self._state(conn)
@@ -3624,9 +3611,7 @@ class Loop(Routes):
 
 
 def _script_function(takes, failure=Result.FAILURE, name=None):
-    """Decorator: a wrong argument, and what the system refuses, is a log line
-    and this value.  takes names the parameters.
-    """
+    """Decorator: what is refused is one log line and the value failure."""
     names = re.findall("[a-z]+", takes)
 
     def decorate(function):
@@ -3677,10 +3662,7 @@ class TcpOps(Loop):
     # -- which connection is meant ----------------------------------------
 
     def _known(self, conid):
-        """Return the connection of a conid, None if there is none (any more).
-
-        Raises ValueError for what cannot be a conid.
-        """
+        """Return the connection of a conid, or None.  Raises ValueError."""
         if type(conid) is int:
             return self._table.get(conid)
         if conid is _CURRENT:
@@ -3787,10 +3769,9 @@ class TcpOps(Loop):
     def tcp_close_connection(self, conid):
         """Close a connection, or a listener.
 
-        What is queued is sent first, within send_timeout, or its lifetime if
-        that is shorter.  From the moment that this returns, the conid's state
-        is NOT_FOUND.  FAILURE if an RST has come before, also if nobody has
-        noticed: that is the reason then.
+        Its queue is sent first, within send_timeout or its lifetime.  The
+        state is NOT_FOUND as soon as this returns.  FAILURE if an RST came
+        before, noticed or not: then that is the reason.
         """
         conn = self._known(conid)
         if conn is not None:
@@ -3820,10 +3801,8 @@ class TcpOps(Loop):
 
     @_script_function("conid")
     def tcp_set_otcpid(self, conid):
-        """Name the connection on which forward is to send.
-
-        For the message being handled, and only while tcp_set_otcpid_flag is
-        on; FAILURE outside of a message's handler.
+        """Name the connection on which forward is to send, for the message
+        being handled; FAILURE outside of its handler.
         """
         self._check_in_message()
         self._otcpid = self._usable(conid).conid
@@ -3831,9 +3810,8 @@ class TcpOps(Loop):
 
     @_script_function("mode")
     def tcp_set_otcpid_flag(self, mode):
-        """Have forward heed tcp_set_otcpid (mode not 0) or not (mode 0).
-
-        For the message being handled; off when its handler is called.
+        """Have forward heed tcp_set_otcpid (mode not 0) or not (mode 0), for
+        the message being handled; off when its handler is called.
         """
         self._check_in_message()
         self._use_otcpid = _number(mode, "mode", -NEVER, NEVER,
@@ -3856,10 +3834,9 @@ class TcpOps(Loop):
         """Send payload on a connection; return a Result.
 
         A str is a text message on a WebSocket, elsewhere its UTF-8 bytes.
-        What the kernel does not take is queued.  FAILURE: there is no such
-        connection, it is ending, or its queue is over max_write_buffer; then
-        nothing of it has been sent.  Raises TypeError for what is neither
-        bytes nor str.
+        What the kernel does not take is queued.  FAILURE, and nothing sent:
+        there is no such connection, it is ending, or its queue is over
+        max_write_buffer.  Raises TypeError for neither bytes nor str.
         """
         payload = _payload(payload)
         conn = self._found(conid)
@@ -3874,12 +3851,11 @@ class TcpOps(Loop):
     def forward(self, address, payload):
         """Send payload to a peer; return a Result.
 
-        On the connection that tcp_set_otcpid names, if it was told to; else
-        on one with that peer if there is one; else on a new one, with the
+        On the connection that tcp_set_otcpid names, if the flag is on; else
+        on one with that peer; else on a new one of plain TCP, with the
         framing of the current message.  Where a URI asks for TLS or names a
-        transport, only on such a connection; and it makes none but of plain
-        TCP.  address is as for parse_address.  Raises TypeError for a payload
-        that is neither bytes nor str.
+        transport, only on such a connection.  address is as for
+        parse_address.  Raises TypeError for neither bytes nor str.
         """
         payload = _payload(payload)
         conn = self._way_to(address)
@@ -3910,723 +3886,263 @@ class TcpOps(Loop):
 
 # ---------------------------------------------------------------------------
 # 16. The command line
+#
+# A program on the public names, like any other.  What it prints waits for no
+# reader: one that stops reading would stop the loop, and every connection.
 # ---------------------------------------------------------------------------
 
-#: The functions of section 15: commands, and plain names in a routes file.
-_FUNCTIONS = [name for name in vars(TcpOps) if name.startswith("tcp_")]
-# The otcpid pair means something within a message's handler only.
-_HELP = "\n".join([
-    "commands:",
-    *(re.sub(r"[][,]", "", f"  {name} {getattr(TcpOps, name).takes.upper()}")
-      for name in _FUNCTIONS if "otcpid" not in name),
-    "  send CONID TEXT  sends TEXT as a message of the connection's framing;",
-    r"                 \n, \r, \t, \\ and \xNN mean what they mean in Python",
-    "  list           shows the connections and listeners",
-    "  help           shows this",
-    "  quit           ends everything and leaves",
-])
-#: Seconds for what is queued to be sent when the program leaves.
-_DRAIN = 5
+import argparse
+import datetime
+import queue
+import select
+import threading
+
+_NAME = os.path.basename(sys.argv[0]) or "tcpops.py"
+_HELP = r"""commands:
+tcp_conid_alive CONID                          1: it is usable, -1: it is not
+tcp_conid_state CONID                          its state, number and name
+tcp_keepalive_enable CONID IDLE COUNT INTERVAL end it if its peer vanishes
+tcp_keepalive_disable CONID                    undo tcp_keepalive_enable
+tcp_set_connection_lifetime CONID LIFETIME     end it when idle for so long
+tcp_enable_closed_event CONID                  report its end in mode 2
+tcp_close_connection CONID                     send its queue, then end it
+tcp_get_conid ADDRESS                          the conid of that peer
+tcp_con_alive ADDRESS                          1: that peer has a usable one
+send CONID TEXT                                send TEXT; \n \r \t \\ \xNN work
+list                                           show connections and listeners
+help, ?                                        show this
+quit, exit                                     end everything and leave"""
 
 _EPILOG = """
-Try it:
-  %(prog)s --listen                      and in another terminal:
-  nc 127.0.0.1 5060
+Try it:  %(prog)s --listen  and in another terminal:  nc 127.0.0.1 5060
 
-Other protocols: SIP, WebSocket, and TLS below any of them:
-  %(prog)s --listen --framing sip
-  %(prog)s --listen 8443 --framing ws --certfile examples/localhost.pem
-  %(prog)s --connect localhost:8443 --framing ws --console \\
-      --cafile examples/localhost.pem
+A console at a terminal, or with --console; """ + _HELP + """
 
-A routes file says what to do; it knows ops, the decorators request_route,
-onreply_route and event_route, modparam, and the specification's functions:
-  @request_route
-  def _(msg):
-      tcp_set_connection_lifetime(3605)
-      msg.reply(b"welcome\\n")
-
-A control socket takes the same commands from elsewhere:
-  %(prog)s --listen --control /tmp/tcpops.sock
-  %(prog)s --call /tmp/tcpops.sock tcp_conid_state 2
-
-""" + _HELP + """
-
-With --json each line is an object; "data" holds one character for each byte.
-
-SIGINT (Ctrl-C), SIGTERM and SIGHUP: listeners close, what is queued is sent,
-for DRAIN seconds at the most, every connection ends; a second signal stops at
-once.
-
-Exit status: 0, also after a signal, 130 after a second one; 1 if the system
-said no; 2 for wrong usage.  With --call 0 if the result is positive, else 1.
-With --connect alone it leaves when no connection is left, with 1 if none was
-ever made.
-""".replace("DRAIN", str(_DRAIN))
-
-
+SIGINT (Ctrl-C), SIGTERM and SIGHUP: listeners close, queues are sent, for 5 s
+at the most, and every connection ends; a second signal stops at once.
+Exit status: 0, 130 after a second signal, 1 if the system said no (or no
+--connect ever succeeded), 2 for wrong usage.  TLS, JSON, a control socket and
+handlers from a file: examples/serve.py.
+"""
+_ERASE = "\r\x1b[K"
+_LISTED = 100   #: Connections that are listed in one turn of the loop.
+_QUEUED = 1000  #: Lines that wait for whoever reads them.
 #: Long payloads are shown by their beginning and end.
 _BYTES = reprlib.Repr()
 _BYTES.maxother = _BYTES.maxstring = 72
-
-
-#: What a person may try a listener with.
-_CLIENTS = {
-    "tcp": "nc {host} {port}",
-    "sip": r"printf 'OPTIONS sip:x SIP/2.0\r\nl: 0\r\n\r\n'"
-           " | nc {host} {port}",
-    "tls": "openssl s_client -quiet -connect {address}",
-    "ws": "new WebSocket('ws://{address}') in a browser",
-    "wss": "new WebSocket('wss://{address}') in a browser",
-}
-
-
+#: What a person may try a listener with, where nc alone will not do.
+_CLIENTS = {"sip": r"printf 'OPTIONS sip:x SIP/2.0\r\nl:0\r\n\r\n' | nc {} {}",
+            "ws": "new WebSocket('ws://{2}') in a browser"}
 #: Details that say no more than their reason.
-_PLAIN_DETAILS = {"eof": "FIN from the peer", "closed": "closed by conid",
-                  "shutdown": "drained"}
+_PLAIN_DETAILS = ("FIN from the peer", "closed by conid", "drained")
 
 
-def _answer_text(answer):
-    """Return a command's answer as a person wants it."""
-    if "text" in answer:
-        return answer["text"]
-    if "state" in answer:
-        return f"{answer['result']} {answer['state']}"
-    return str(answer["result"])
+class _Output(logging.Handler):
+    """Writes lines, and the log, to a stream from a thread of its own.
 
+    Who has a line never waits: what the queue has no room for is counted.
+    """
 
-class _Display:
-    """Writes what happens to standard output, for a person or a program."""
-
-    def __init__(self, as_json, stop):
-        self.as_json = as_json
-        self.prompt = ""
-        self.failure = None  # why nothing can be written any more
-        self._stop = stop    # called then
-
-    def write(self, text):
-        """Write, as long as somebody takes it."""
-        if self.failure or sys.stdout is None:  # None: started without one
-            return
-        try:
-            sys.stdout.write(text)
-            sys.stdout.flush()
-        except OSError as error:
-            self.failure = error
-            # Python would write the rest when it exits, and complain.
-            with open(os.devnull, "w") as devnull:
-                os.dup2(devnull.fileno(), sys.stdout.fileno())
-            self._stop()
-
-    def _print(self, line, **fields):
-        """Write a line, or the fields as an object."""
-        if self.as_json:
-            line = json.dumps({"time": round(time.time(), 3), **fields})
-        if self.prompt:
-            # Over the prompt and what is being typed; a new one below.
-            self.write(f"\r\x1b[K{line}\n{self.prompt}")
-        else:
-            self.write(line + "\n")
-
-    @staticmethod
-    def _clock():
-        now = time.time()
-        return (time.strftime("%H:%M:%S", time.localtime(now))
-                + f".{int(now % 1 * 1000):03d}")
-
-    def ask(self):
-        """Write the prompt."""
-        self.write(self.prompt)
-
-    def started(self, what, info, console):
-        """A listener was made, or a connect() begun."""
-        how = (info.framing if info.proto == "tcp" else info.proto
-               if info.framing == "ws" else f"{info.proto}, {info.framing}")
-        if what == "listen on":
-            # A wildcard address is none to connect to.
-            host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(info.Ri, info.Ri)
-            text = (f"listening on {_format_address((info.Ri, info.Rp))}"
-                    f" (conid {info.conid}, {how}); try: "
-                    + _CLIENTS.get(how, _CLIENTS[info.proto]).format(
-                        host=host, port=info.Rp,
-                        address=_format_address((host, info.Rp))))
-            if console:
-                text += "; type help for commands"
-        else:
-            text = (f"connecting to {_format_address((info.si, info.sp))}"
-                    f" (conid {info.conid}, {how})")
-        self._print(text, event=text.split()[0], conid=info.conid, si=info.si,
-                    sp=info.sp, Ri=info.Ri, Rp=info.Rp, proto=info.proto,
-                    framing=info.framing)
-
-    def message(self, msg):
-        """A message came."""
-        self._print(f"{self._clock()} {'message':11} conid {msg.conid} "
-                    f" {len(msg.data)} bytes  {_BYTES.repr(msg.payload)}",
-                    event="message", conid=msg.conid, proto=msg.proto,
-                    si=msg.si, sp=msg.sp, Ri=msg.Ri, Rp=msg.Rp,
-                    bytes=len(msg.data), data=msg.data.decode("latin-1"),
-                    text=msg.text)
-
-    def event(self, event):
-        """A connection opened or ended."""
-        if event.reason is None:
-            text = f"{event.proto} {_format_address((event.si, event.sp))}"
-        else:
-            text = (f"{event.reason}  {event.age:.1f} s, {event.bytes_in}"
-                    f" bytes in, {event.bytes_out} out")
-            if event.detail != _PLAIN_DETAILS.get(event.reason):
-                text += f"  ({event.detail})"
-        fields = event._asdict()
-        del fields["name"]
-        self._print(f"{self._clock()} {event.name:11} conid {event.conid} "
-                    f" {text}", event=event.name, **fields)
-
-    def answer(self, answer):
-        """A command was carried out."""
-        self._print(_answer_text(answer), **answer)
-
-
-class _Shown(TcpOps):
-    """A TcpOps that shows every message and event before its route runs."""
-
-    display = keepalive = None
-    stopped = closed = False
-    opened = 0
-
-    def stop(self):
-        self.stopped = True
-        super().stop()
-
-    def close(self):
-        self.stopped = self.closed = True
-        super().close()
-
-    def _message(self, conn, msg):
-        self.display.message(msg)
-        super()._message(conn, msg)
-
-    def event_handler(self, event):
-        self.display.event(event)
-        if event.reason is None:
-            self.opened += 1
-            if self.keepalive:
-                self.tcp_keepalive_enable(event.conid, *self.keepalive)
-        return super().event_handler(event)
-
-
-def _unescape(text):
-    """Return the bytes of a text with Python's escapes for bytes in it."""
-    def replace(match):
-        escape = match[0]
-        simple = {b"\\n": b"\n", b"\\r": b"\r", b"\\t": b"\t",
-                  b"\\\\": b"\\"}
-        if escape in simple:
-            return simple[escape]
-        if len(escape) == 4:
-            return bytes([int(escape[2:], 16)])
-        raise ValueError(f"no such escape: {escape.decode()}")
-    return re.sub(rb"\\(?:x[0-9a-fA-F]{2}|.|$)", replace,
-                  text.encode("utf-8", "surrogateescape"))
-
-
-class _LogTap(logging.Handler):
-    """Collects what is logged: the reason behind a command's -1."""
-
-    def __init__(self, level):
-        super().__init__(level)
-        self.lines = []
+    def __init__(self, stream, failed=lambda: None):
+        super().__init__()
+        self.prompt, self.failure, self._failed = "", None, failed
+        self._encoding = getattr(stream, "encoding", "utf-8")
+        # The bare file: a thread that waits with the lock of Python's buffers
+        # would keep the interpreter from leaving.  None: started without one.
+        buffer = getattr(stream, "buffer", None)
+        self._file = getattr(buffer, "raw", buffer)
+        self._queue, self._lost = queue.SimpleQueue(), 0
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
 
     def emit(self, record):
-        self.lines.append(record.getMessage())
+        self.line(self.format(record))
 
+    def line(self, text):
+        """Write a line: over a prompt and what is being typed."""
+        self.write(f"{self.prompt and _ERASE}{text}\n{self.prompt}")
 
-class _Commands:
-    """Carries out the commands of the console and the control socket."""
-
-    def __init__(self, ops):
-        self._ops = ops
-
-    def run(self, line):
-        """Carry out a line; return the answer, a dict, always with result."""
-        name, _, rest = line.strip().partition(" ")
-        own = {"send": self._send, "list": self._list, "help": self._help,
-               "quit": self._quit}
-        tap = _LogTap(logging.WARNING)
-        log.addHandler(tap)
-        try:
-            if name in _FUNCTIONS:
-                result = getattr(self._ops, name)(*rest.split())
-                answer = {"result": int(result)}
-                if isinstance(result, State):
-                    answer["state"] = result.name
-            elif name not in own:
-                log.warning("no such command: %s; type help", name)
-                answer = {"result": -1}
-            elif name != "send" and rest.strip():
-                log.warning("%s takes nothing", name)
-                answer = {"result": -1}
-            else:
-                answer = own[name](rest)
-        finally:
-            log.removeHandler(tap)
-        if tap.lines:
-            answer["error"] = "; ".join(tap.lines)
-        return {"command": name, **answer}
-
-    def _help(self, _rest):
-        return {"result": 1, "text": _HELP}
-
-    def _quit(self, _rest):
-        self._ops.stop()
-        return {"result": 1}
-
-    def _send(self, rest):
-        conid, _, text = rest.strip().partition(" ")
-        try:
-            payload = _unescape(text)
-        except ValueError as error:
-            log.warning("send: %s", error)
-            return {"result": -1}
-        with contextlib.suppress(UnicodeDecodeError):
-            payload = payload.decode()  # a text message, where there are any
-        return {"result": int(self._ops.send(conid, payload))}
-
-    def _list(self, _rest):
-        listeners, conns = self._ops.listeners(), self._ops.connections()
-        lines = [f"conid {info.conid}  listening on"
-                 f" {_format_address((info.Ri, info.Rp))}"
-                 + ("" if info.proto == "tcp" else f", {info.proto}")
-                 for info in listeners]
-        for info in conns:
-            keepalive = ("off" if info.keepalive is None else
-                         ",".join(map(str, info.keepalive)))
-            lines.append(
-                f"conid {info.conid}  {info.proto}"
-                f" {_format_address((info.si, info.sp))}  {info.state}"
-                f" {info.state.name}  age {info.age:.1f} s, idle"
-                f" {info.idle:.1f} of {info.lifetime:g} s, keepalive"
-                f" {keepalive}, {info.bytes_in} bytes in, {info.bytes_out}"
-                " out")
-        return {"result": 1, "text": "\n".join(lines) or "no connections",
-                "listeners": [info._asdict() for info in listeners],
-                "connections": [info._asdict() for info in conns]}
-
-
-class _Failure(Exception):
-    """What the system refused, in one line; exit status 1."""
-
-
-def _reason(error):
-    """Return why the system said no, without its number."""
-    return getattr(error, "strerror", None) or str(error)
-
-
-def _connect_address(text, lowest_port=1):
-    """Return (host, port) of "HOST:PORT", for argparse."""
-    try:
-        if "://" in text:
-            raise ValueError("give HOST:PORT; --framing and --tls or"
-                             " --certfile say the rest")
-        port = re.search(r":([0-9]+)$", text)
-        if not port:
-            raise ValueError(f"no port in {reprlib.repr(text)}")
-        if not lowest_port <= int(port[1]) <= 65535:
-            raise ValueError(f"no such port: {port[1]}")
-        return parse_address(text, lowest_port)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def _listen_address(text):
-    """Return (host, port) of "[HOST:]PORT", for argparse."""
-    if text.isascii() and text.isdigit():
-        text = "127.0.0.1:" + text
-    return _connect_address(text, lowest_port=0)
-
-
-def _keepalive_settings(text):
-    """Return the Keepalive of "IDLE,COUNT,INTERVAL", for argparse."""
-    try:
-        keepalive = Keepalive(*map(int, text.split(",")))
-        with socket.socket() as sock:
-            set_keepalive(sock, keepalive)  # what the system refuses: now
-    except (TypeError, ValueError, OSError) as error:
-        reason = (error.strerror if isinstance(error, OSError)
-                  else "it takes three numbers, as in 60,5,5")
-        raise argparse.ArgumentTypeError(f"{text!r}: {reason}") from None
-    return keepalive
-
-
-class _Parser(argparse.ArgumentParser):
-    """An argparse that complains in one line."""
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: {message} (see --help)\n")
-
-
-def _parser():
-    """Return the parser of the command line."""
-    parser = _Parser(
-        prog=os.path.basename(sys.argv[0]) or "tcpops.py",
-        description="Gives every TCP, TLS and WebSocket connection a number,"
-        " the conid,\nand shows and steers its life by that number.",
-        epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--listen", metavar="[HOST:]PORT", action="append", nargs="?",
-        type=_listen_address, const=("127.0.0.1", 5060),
-        help="accept connections; 127.0.0.1:5060 if bare, port 0 for any;"
-        " may be given again")
-    add("--connect", metavar="HOST:PORT", action="append",
-        type=_connect_address, help="connect; may be given again")
-    add("--framing", choices=list(_FRAMINGS), default="raw",
-        help="what a message is: what was received at once (raw, the default),"
-        " a line, a SIP message, or that of a WebSocket (ws)")
-    add("--certfile", metavar="FILE",
-        help="have listeners speak TLS, with this certificate (PEM)")
-    add("--keyfile", metavar="FILE", help="its key, if in a file of its own")
-    add("--tls", action="store_true", help="have --connect speak TLS")
-    add("--cafile", metavar="FILE",
-        help="like --tls, but trust the certificates in this file (PEM)")
-    add("--closed-event", metavar="N", type=int, default=1,
-        help="whose end is told: 0 nobody's, 1 everybody's (default), 2 where"
-        " tcp_enable_closed_event was called")
-    add("--lifetime", metavar="S", type=float, default=120,
-        help="seconds of idleness allowed (default 120)")
-    add("--keepalive", metavar="IDLE,COUNT,INTERVAL",
-        type=_keepalive_settings,
-        help="turn keepalive on for every connection as it opens")
-    add("--max-connections", metavar="N", type=int,
-        help="how many at a time (default: as many as may be open)")
-    add("--echo", action="store_true", help="send back what is received")
-    add("--routes", metavar="FILE.py", help="a file with handlers, see below")
-    add("--json", action="store_true", help="one object a line, for programs")
-    add("--console", action="store_true",
-        help="read commands from standard input also where it is no terminal;"
-        " its end is quit")
-    add("--control", metavar="PATH",
-        help="take commands over a Unix-domain socket, one JSON line back for"
-        " each")
-    add("--call", metavar="PATH COMMAND ARG", nargs=argparse.REMAINDER,
-        help="send a command to such a socket and print the answer; comes"
-        " last")
-    add("--log-level", default="warning",
-        choices=("debug", "info", "warning", "error"),
-        help="what is logged on standard error (default warning)")
-    add("--version", action="version", version=f"tcpops {__version__}")
-    return parser
-
-
-def _call_control(words, as_json):
-    """Carry out --call; return the exit status."""
-    path, *command = words
-    try:
-        with socket.socket(socket.AF_UNIX) as sock:
-            sock.settimeout(10)
-            sock.connect(path)
-            line = " ".join(command).replace("\n", "\\n") + "\n"
-            sock.sendall(line.encode("utf-8", "surrogateescape"))
-            with sock.makefile() as answers:
-                raw = answers.readline()
-        answer = json.loads(raw)
-        text = raw.rstrip("\n") if as_json else _answer_text(answer)
-    except OSError as error:
-        raise _Failure(f"cannot call {path}: {_reason(error)}") from None
-    except (ValueError, KeyError, TypeError):
-        raise _Failure(f"cannot call {path}: no answer of tcpops") from None
-    if "error" in answer:
-        print(answer["error"], file=sys.stderr)
-    display = _Display(as_json, bool)
-    display.write(text + "\n")
-    return 0 if answer["result"] > 0 and not display.failure else 1
-
-
-class _ControlClient:
-    """One client of the control socket: lines in, JSON lines out."""
-
-    LONGEST = 65536  # bytes of a line
-
-    def __init__(self, control, sock):
-        self._control = control
-        self._sock = sock
-        self._read, self._unsent = bytearray(), bytearray()
-        self._events = _READ
-        sock.setblocking(False)
-        control.ops.attend(sock, _READ, self._ready)
-
-    def _ready(self, mask):
-        try:
-            if mask & _READ:
-                data = self._sock.recv(4096)
-                self._read += data
-                self._answer()
-                if not data or len(self._read) > self.LONGEST:
-                    raise ConnectionError
-            if self._unsent:
-                del self._unsent[:self._sock.send(self._unsent, _NOSIGNAL)]
-        except _AGAIN:
-            pass
-        except OSError:
-            self._control.ops.dismiss(self._sock)
-            self._sock.close()
-            return
-        # Who does not take the answers is not asked for more commands.
-        events = _WRITE if self._unsent else _READ
-        if events != self._events:
-            self._events = events
-            self._control.ops.dismiss(self._sock)
-            self._control.ops.attend(self._sock, events, self._ready)
-
-    def _answer(self):
-        """Carry out the lines that are complete."""
-        *lines, rest = self._read.split(b"\n")
-        self._read = bytearray(rest)
-        for line in lines:
-            answer = self._control.commands.run(
-                line.decode("utf-8", "surrogateescape"))
-            self._unsent += json.dumps(answer).encode() + b"\n"
-
-
-class _Control:
-    """The control socket, served by the loop like everything else."""
-
-    def __init__(self, path, ops, commands):
-        self.ops = ops
-        self.commands = commands
-        self._path = path
-        self._spare = os.open(os.devnull, os.O_RDONLY)
-        self._sock = socket.socket(socket.AF_UNIX)
-        try:
-            self._remove_stale()
-            umask = os.umask(0o177)  # mode 0600 from the first moment
-            try:
-                self._sock.bind(path)
-            finally:
-                os.umask(umask)
-            self._inode = os.stat(path).st_ino
-            self._sock.listen()
-        except OSError as error:
-            self._sock.close()
-            raise _Failure(f"cannot make {path}: {_reason(error)}") from None
-        self._sock.setblocking(False)
-        ops.attend(self._sock, _READ, self._accept)
-
-    def _remove_stale(self):
-        """Remove what a program that was killed has left; spare the rest."""
-        with socket.socket(socket.AF_UNIX) as sock:
-            try:
-                sock.connect(self._path)
-            except FileNotFoundError:
-                return
-            except ConnectionRefusedError:
-                if not stat.S_ISSOCK(os.stat(self._path).st_mode):
-                    raise OSError("it is no socket, and in the way") from None
-                os.unlink(self._path)
-                return
-        raise OSError("a program answers there")
-
-    def _accept(self, _mask):
-        try:
-            sock, _ = self._sock.accept()
-        except OSError:
-            # Out of descriptors, it would stay ready for ever: let go of the
-            # spare one, take the client with it and turn him away.
-            os.close(self._spare)
-            with contextlib.suppress(OSError):
-                self._sock.accept()[0].close()
-            self._spare = os.open(os.devnull, os.O_RDONLY)
+    def write(self, text):
+        """Write a text, which counts as one line."""
+        if self._queue.qsize() < _QUEUED:
+            self._queue.put((self._lost, text))
         else:
-            _ControlClient(self, sock)
+            self._lost += 1
 
-    def close(self):
-        """Remove the socket, unless the path is somebody else's by now."""
-        self._sock.close()
-        os.close(self._spare)
-        with contextlib.suppress(OSError):
-            if os.stat(self._path).st_ino == self._inode:
-                os.unlink(self._path)
+    def finish(self, timeout):
+        """Wait until all is written, for timeout seconds at the most."""
+        self._queue.put(None)
+        self._thread.join(max(0, timeout))
+
+    def _run(self):
+        """Write what is queued, and at each gap how many lines it lacks."""
+        told, entry = 0, (0, "")
+        while entry:
+            entry = self._queue.get()
+            lost, text = entry or (self._lost, "")
+            if lost > told:
+                text = (f"({lost - told} lines are missing here: no one read"
+                        f" them in time)\n{text}")
+                told = lost
+            # What the encoding lacks is no reason to lose the line.
+            data = text.encode(self._encoding, "backslashreplace")
+            try:
+                while data and self._file is not None:
+                    sent = self._file.write(data)
+                    if sent is None:  # another program made it non-blocking
+                        select.select((), (self._file,), ())
+                    data = data[sent or 0:]
+            except OSError as error:
+                self.failure = error
+                return self._failed()
+            if self._lost > told and self._queue.empty():
+                self._queue.put((self._lost, ""))
 
 
-def _load_routes(path, ops):
-    """Run a routes file; its decorators register with ops."""
-    names = ("request_route", "onreply_route", "event_route", "modparam",
-             "send", "forward", *_FUNCTIONS)
-    namespace = {"__name__": "routes", "__file__": path, "ops": ops,
-                 "State": State, "Result": Result,
-                 **{name: getattr(ops, name) for name in names}}
-    # What lies beside the file can be imported, as from any script.
-    sys.path.insert(0, os.path.dirname(os.path.abspath(path)))
-    try:
-        with open(path, "rb") as file:
-            source = file.read()
-    except OSError as error:
-        raise _Failure(f"cannot read {path}: {_reason(error)}") from None
-    try:
-        exec(compile(source, path, "exec"), namespace)
-    except Exception as error:
-        line = getattr(error, "lineno", None)  # of a SyntaxError
-        trace = error.__traceback__
-        while trace:
-            if trace.tb_frame.f_code.co_filename == path:
-                line = trace.tb_lineno
-            trace = trace.tb_next
-        where = path if line is None else f"{path}:{line}"
-        raise _Failure(
-            f"{where}: {type(error).__name__}: {error}") from None
+def _format_peer(host, port):
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _describe(info):
+    """Return the line of a ConnectionInfo in the list."""
+    if info.origin == "listen":
+        return (f"conid {info.conid}  listening on"
+                f" {_format_peer(info.Ri, info.Rp)}")
+    keepalive = ",".join(map(str, info.keepalive or ["off"]))
+    return (f"conid {info.conid}  {info.proto}"
+            f" {_format_peer(info.si, info.sp)}  {info.state}"
+            f" {info.state.name}  age {info.age:.1f} s, idle {info.idle:.1f}"
+            f" of {info.lifetime:g} s, keepalive {keepalive},"
+            f" {info.bytes_in} bytes in, {info.bytes_out} out")
 
 
 def _at_terminal():
-    """Whether standard input is a terminal that listens to us.
-
-    A background job that read from it would be stopped (SIGTTIN).
-    """
+    """Whether standard input is a terminal, and we no background job."""
     try:
-        number = sys.stdin.fileno()
-        return os.isatty(number) and os.tcgetpgrp(number) == os.getpgrp()
+        return sys.stdin.isatty() and (
+            not hasattr(os, "tcgetpgrp")  # Windows has no such jobs
+            or os.tcgetpgrp(sys.stdin.fileno()) == os.getpgrp())
     except (AttributeError, ValueError, OSError):  # none, closed, not ours
         return False
 
 
-def _is_ignored(number):
-    """Whether a signal is ignored, as nohup has it; PyPy's getsignal is not
-    told of what a process inherits.
-    """
-    with contextlib.suppress(OSError, ValueError, IndexError), open(
-            "/proc/self/status", encoding="ascii") as status:
-        mask = int(status.read().split("SigIgn:")[1].split()[0], 16)
-        return bool(mask >> (number - 1) & 1)
-    return signal.getsignal(number) is signal.SIG_IGN  # pragma: no cover
-
-
-def _no_password():
-    raise ValueError("its key asks for a password")
-
-
-def _server_context(options):
-    """Return the ssl.SSLContext of --certfile, None without it."""
-    if not options.certfile:
-        return None
-    import ssl
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    try:
-        context.load_cert_chain(options.certfile, options.keyfile,
-                                _no_password)
-    except (OSError, ValueError) as error:
-        files = " and ".join(filter(None, (options.certfile,
-                                           options.keyfile)))
-        reason = ("a certificate and the key that fits it are needed, as PEM"
-                  if isinstance(error, ssl.SSLError) else _reason(error))
-        raise _Failure(f"cannot use {files}: {reason}") from None
-    return context
-
-
-def _client_context(options):
-    """Return the ssl.SSLContext of --tls or --cafile, None without."""
-    if not options.tls and not options.cafile:
-        return None
-    import ssl
-    try:
-        return ssl.create_default_context(cafile=options.cafile)
-    except OSError as error:
-        reason = ("there is no certificate in it, as PEM"
-                  if isinstance(error, ssl.SSLError) else _reason(error))
-        raise _Failure(f"cannot use {options.cafile}: {reason}") from None
-
-
 class _Program:
-    """The command line at work."""
+    """The command line at work: handlers that print, and the console."""
 
     def __init__(self, options, ops):
-        self._options = options
-        self._ops = ops
-        self._display = ops.display = _Display(options.json, ops.stop)
-        self._commands = _Commands(ops)
+        self._options, self._ops = options, ops
+        self._stopped = self._interrupted = self._opened = False
+        self._out = self._err = _Output(sys.stdout, self.stop)
+        self._shown = sys.stdout is not None and sys.stdout.isatty()
+        if not self._shown or sys.stderr is None or not sys.stderr.isatty():
+            self._err = _Output(sys.stderr)  # else: over the prompt, too
+        self._err.setFormatter(
+            logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        log.addHandler(self._err)
+        log.setLevel(options.log_level.upper())
+        ops.request_route(self._message)
+        for name in EVENT_NAMES:
+            ops.event_route(name)(self._event)
+
+    def stop(self):
+        """Leave soon; safe in any thread, and in a signal handler."""
+        self._stopped = True
+        self._ops.stop()
+
+    def interrupt(self, number, _frame):
+        """Handle a signal: leave soon, or, if that was said before, now."""
+        if self._stopped:
+            self._interrupted = True
+            for other in (signal.SIGINT, signal.SIGTERM, number):
+                signal.signal(other, lambda *_: None)
+            raise KeyboardInterrupt
+        self.stop()
 
     def run(self):
-        """Serve until told to stop; return the exit status."""
+        """Serve until told to stop; raise SystemExit if that fails."""
         options, ops = self._options, self._ops
-        with contextlib.ExitStack() as stack:
-            stack.callback(ops.close)
-            if options.echo:
-                ops.request_route(lambda msg: msg.reply(msg.payload))
-            if options.routes:
-                _load_routes(options.routes, ops)
-            if options.control:
-                stack.enter_context(contextlib.closing(
-                    _Control(options.control, ops, self._commands)))
-            console = options.console or _at_terminal()
-            # Before the first line is written: whoever reads it may signal.
-            stack.enter_context(self._signals())
-            self._listen_and_connect(console)
+        console = options.console or _at_terminal()
+        with ops:
+            for address in options.listen or ():
+                self._start("listen on", ops.listen, address, console)
+            for address in options.connect or ():
+                self._start("connect to", ops.connect, address, console)
             if console:
                 self._start_console()
-            self._serve()
-            if not ops.closed:  # by a handler of the routes file
-                ops.drain(_DRAIN)
-        failure = self._display.failure
-        if isinstance(failure, BrokenPipeError):
-            return 1  # nobody reads any more, as after "| head"
-        if failure:
-            raise _Failure(f"cannot write what happens: {_reason(failure)}")
-        if not options.listen and not ops.opened:
-            raise _Failure("no connection was made")
-        return 0
-
-    def _listen_and_connect(self, console):
-        options, ops = self._options, self._ops
-        for what, method, addresses, tls in (
-                ("listen on", ops.listen, options.listen,
-                 _server_context(options)),
-                ("connect to", ops.connect, options.connect,
-                 _client_context(options))):
-            for address in addresses or ():
-                try:
-                    conid = method(*address, framing=options.framing, tls=tls)
-                except (OSError, ValueError) as error:
-                    raise _Failure(f"cannot {what} {_format_address(address)}:"
-                                   f" {_reason(error)}") from None
-                self._display.started(what, ops.connection(conid), console)
-
-    def _serve(self):
-        """Run the loop; with --connect alone while a connection is left."""
-        ops = self._ops
-        while not ops.stopped:
-            if self._options.listen:
+            if options.listen:
                 ops.run()
-            elif ops.connections():
-                ops.step(0.5)  # and see whether a signal has come
-            else:
-                break
+            while not self._stopped and ops.conids():
+                ops.step(0.1)  # and see whether a signal has come
+            ops.drain(5)
+        if not options.listen and not self._opened:
+            self._fail("no connection was made")
 
-    @contextlib.contextmanager
-    def _signals(self):
-        """Have signals stop the loop, a second one at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield  # Python takes signals in that one only
-            return
+    def finish(self):
+        """Have the last lines read; raise SystemExit if that failed."""
+        ends = time.monotonic() + (0.1 if self._interrupted else 1)
+        self._out.write(self._out.prompt and _ERASE)
+        self._out.finish(ends - time.monotonic())
+        log.removeHandler(self._err)
+        why = self._out.failure
+        if why and not isinstance(why, BrokenPipeError):  # as after "| head"
+            self._err.line(f"{_NAME}: cannot write: {why.strerror}")
+        self._err.finish(ends - time.monotonic())
+        if why:
+            sys.exit(1)
 
-        def handle(_number, _frame):
-            if self._ops.stopped:
-                raise KeyboardInterrupt
-            self._ops.stop()
+    def _fail(self, text):
+        self._err.line(f"{_NAME}: {text}")
+        sys.exit(1)
 
-        numbers = {signal.SIGINT, signal.SIGTERM}
-        hangup = getattr(signal, "SIGHUP", signal.SIGTERM)
-        if not _is_ignored(hangup):
-            numbers.add(hangup)
-        before = {number: signal.signal(number, handle) for number in numbers}
+    def _start(self, what, method, address, console):
+        """Listen or connect, and show it."""
         try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            conid = method(*address, framing=self._options.framing)
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            if getattr(error, "errno", None) == errno.EADDRINUSE:
+                reason += "; --listen 0 takes a port that is free"
+            self._fail(f"cannot {what} {_format_peer(*address)}: {reason}")
+        info = self._ops.connection(conid)
+        how = f"(conid {conid}, {self._options.framing})"
+        if info.origin == "connect":
+            self._out.line(f"connecting to {_format_peer(*address)} {how}")
+            return
+        # A wildcard address is none to connect to.
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(info.Ri, info.Ri)
+        client = _CLIENTS.get(info.framing, "nc {} {}").format(
+            host, info.Rp, _format_peer(host, info.Rp))
+        client += "; type help for commands" if console else ""
+        self._out.line(f"listening on {_format_peer(info.Ri, info.Rp)} {how};"
+                       f" try: {client}")
+
+    def _show(self, name, conid, text):
+        clock = f"{datetime.datetime.now():%H:%M:%S.%f}"[:-3]
+        self._out.line(f"{clock} {name:11} conid {conid}  {text}")
+
+    def _message(self, msg):
+        self._show("message", msg.conid,
+                   f"{len(msg.data)} bytes  {_BYTES.repr(msg.payload)}")
+        if self._options.echo:
+            msg.reply(msg.payload)
+
+    def _event(self, event):
+        text = f"{event.proto} {_format_peer(event.si, event.sp)}"
+        if event.reason is not None:
+            text = (f"{event.reason}  {event.age:.1f} s, {event.bytes_in}"
+                    f" bytes in, {event.bytes_out} out")
+            if event.detail not in _PLAIN_DETAILS:
+                text += f"  ({event.detail})"
+        self._show(event.name, event.conid, text)
+        self._opened = self._opened or event.opened
+        if event.reason is None and self._options.keepalive:
+            self._ops.tcp_keepalive_enable(*self._options.keepalive)
 
     def _start_console(self):
         """Read commands in a thread: not every system can select stdin."""
-        if (sys.stdin.isatty() and sys.stdout is not None
-                and sys.stdout.isatty() and not self._options.json):
-            self._display.prompt = "> "
-            self._display.ask()
+        if self._shown and sys.stdin.isatty():
+            self._out.prompt = "> "
+            self._out.write("> ")
         # A file object of its own: a daemon thread that held the lock of
         # sys.stdin could not be got out of the way when Python exits.
         lines = open(sys.stdin.fileno(), encoding="utf-8", errors="replace",
@@ -4636,73 +4152,153 @@ class _Program:
             with contextlib.suppress(RuntimeError):  # the loop is closed
                 with contextlib.suppress(OSError):  # the terminal has gone
                     for line in lines:
-                        self._ops.call_soon(self._type, line)
-                self._ops.call_soon(self._type, "quit")
+                        self._ops.call_soon(self._type, line.strip())
+                self._ops.call_soon(self.stop)
         threading.Thread(target=read, daemon=True).start()
 
     def _type(self, line):
         """Carry out a line of the console."""
-        if not line.strip():
-            self._display.ask()
-            return
-        answer = self._commands.run(line)
-        if self._ops.stopped:
-            self._display.prompt = ""  # no more
+        name, _, rest = line.partition(" ")
+        if not line:
+            self._out.write(self._out.prompt)
+        elif line in ("help", "?"):
+            self._out.line(_HELP)
+        elif line in ("quit", "exit"):
+            self.stop()
+        elif line == "list":
+            listeners = [info.conid for info in self._ops.listeners()]
+            self._list([], listeners + self._ops.conids())
+        elif name.startswith("tcp_") and hasattr(TcpOps, name):
+            answer = getattr(self._ops, name)(*rest.split())
+            word = f" {answer.name}" if isinstance(answer, State) else ""
+            self._out.line(f"{answer}{word}")
+        elif name == "send":
+            conid, _, text = rest.strip().partition(" ")
+            payload = re.sub(
+                rb"\\([nrt\\]|x[0-9a-fA-F]{2})", lambda found: found[0].decode(
+                    "unicode_escape").encode("latin-1"), text.encode())
+            with contextlib.suppress(UnicodeDecodeError):
+                payload = payload.decode()  # a text message, to a WebSocket
+            self._out.line(f"{self._ops.send(conid, payload)}")
         else:
-            self._display.answer(answer)
+            log.warning("no such command: %s; type help", line)
+            self._out.line(f"{Result.FAILURE}")
+
+    def _list(self, lines, conids):
+        """Show connections, some in each turn: there may be thousands."""
+        infos = map(self._ops.connection, conids[:_LISTED])
+        lines += map(_describe, filter(None, infos))
+        if conids[_LISTED:]:
+            self._ops.call_soon(self._list, lines, conids[_LISTED:])
+        else:
+            self._out.line("\n".join(lines) or "no connections")
 
 
-def _check_options(parser, options):
-    """Complain of options that do not go together."""
-    if options.call is not None:
-        if len(options.call) < 2 or options.listen or options.connect:
-            parser.error("--call takes PATH COMMAND [ARG ...], and no"
-                         " --listen or --connect beside it")
-    elif not options.listen and not options.connect:
-        parser.error("nothing to do: give --listen or --connect, or --call")
+def _address(text, lowest_port=1):
+    """Return (host, port) of "HOST:PORT", for argparse."""
+    where = "127.0.0.1:" * (not lowest_port and ":" not in text) + text
+    try:
+        return parse_address(re.fullmatch(".*:[0-9]+", where)[0], lowest_port)
+    except (TypeError, ValueError):  # TypeError: no match
+        raise argparse.ArgumentTypeError(
+            f"expected HOST:PORT, the port from {lowest_port} to 65535, not"
+            f" {reprlib.repr(text)}") from None
+
+
+def _keepalive(text):
+    """Return the Keepalive of "IDLE,COUNT,INTERVAL", for argparse."""
+    try:
+        keepalive = Keepalive(*map(int, text.split(",")))
+        with socket.socket() as sock:
+            set_keepalive(sock, keepalive)  # what the system refuses: now
+        return keepalive
+    except (TypeError, ValueError, OSError) as error:
+        raise argparse.ArgumentTypeError(getattr(
+            error, "strerror", "it takes three numbers, as 60,5,5")) from None
+
+
+_OPTIONS = {
+    "--listen": dict(
+        metavar="[HOST:]PORT", action="append", nargs="?",
+        type=lambda text: _address(text, 0), const=("127.0.0.1", 5060),
+        help="accept connections (bare: 127.0.0.1:5060; port 0: any one);"
+        " may be given again"),
+    "--connect": dict(metavar="HOST:PORT", action="append", type=_address,
+                      help="connect; may be given again"),
+    "--framing": dict(choices=("raw", "line", "sip", "ws"), default="raw",
+                      help="what a message is: what was received at once (raw,"
+                      " the default), a line, a SIP or a WebSocket message"),
+    "--lifetime": dict(metavar="S", type=float, default=120,
+                       help="seconds of idleness allowed (default 120)"),
+    "--keepalive": dict(metavar="IDLE,COUNT,INTERVAL", type=_keepalive,
+                        help="turn it on for each connection as it opens"),
+    "--closed-event": dict(
+        metavar="N", type=int, default=1, help="whose end is reported, and"
+        " shown: 0 no one's, 1 everyone's (default), 2 where it is enabled"),
+    "--echo": dict(action="store_true", help="send back what is received"),
+    "--console": dict(action="store_true", help="read commands also where"
+                      " standard input is no terminal; its end is quit"),
+    "--log-level": dict(
+        choices=("debug", "info", "warning", "error"), default="warning",
+        help="what is logged, on standard error (default warning)"),
+    "--version": dict(action="version", version=f"tcpops {__version__}"),
+}
+
+
+def _parse(argv):
+    """Return the options, and the TcpOps that they ask for."""
+    parser = argparse.ArgumentParser(
+        prog=_NAME, formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Gives every TCP connection a number, the conid, and shows"
+        " and steers its\nlife by that number.", epilog=_EPILOG)
+    parser.error = lambda message: parser.exit(
+        2, f"{_NAME}: {message} (see --help)\n")
+    for name, how in _OPTIONS.items():
+        parser.add_argument(name, **how)
+    options = parser.parse_args(argv)
+    if not options.listen and not options.connect:
+        parser.error("nothing to do: give --listen or --connect")
     if options.console and sys.stdin is None:
         parser.error("--console needs a standard input")
-    if options.keyfile and not options.certfile:
-        parser.error("--keyfile needs --certfile")
-    if options.certfile and not options.listen:
-        parser.error("--certfile is for --listen")
-    if (options.tls or options.cafile) and not options.connect:
-        parser.error("--tls and --cafile are for --connect")
+    try:
+        return options, TcpOps(closed_event=options.closed_event,
+                               connection_lifetime=options.lifetime)
+    except ValueError as error:
+        return parser.error("--" + str(error).removeprefix(
+            "connection_").replace("_", "-"))
+
+
+def _is_ignored(number):
+    """Whether a signal is ignored; PyPy's getsignal knows nothing of nohup."""
+    with contextlib.suppress(OSError), open("/proc/self/status") as status:
+        ignored = re.search("^SigIgn:(.*)", status.read(), re.M)[1]
+        return bool(int(ignored, 16) >> (number - 1) & 1)
+    return signal.getsignal(number) is signal.SIG_IGN
 
 
 def main(argv=None):
     """Run the command line; return the exit status.  See --help."""
-    # A routes file that says "import tcpops" means this module, not a second
-    # copy of it with handlers that nobody calls.
-    sys.modules.setdefault("tcpops", sys.modules[__name__])
-    parser = _parser()
-    options = parser.parse_args(argv)
-    level = getattr(logging, options.log_level.upper())
-    logging.basicConfig(
-        level=level, datefmt="%H:%M:%S",
-        format="%(asctime)s.%(msecs)03d %(levelname)s %(message)s")
-    for handler in logging.getLogger().handlers:
-        handler.setLevel(level)
-    log.setLevel(min(level, logging.WARNING))  # the answers tell warnings
+    before = {}
     try:
-        _check_options(parser, options)
-        if options.call is not None:
-            return _call_control(options.call, options.json)
+        program = _Program(*_parse(argv))
+        with contextlib.suppress(ValueError):  # not in the main thread
+            for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Windows lacks one
+                number = getattr(signal, name, signal.SIGINT)
+                if name != "SIGHUP" or not _is_ignored(number):
+                    before.setdefault(number, signal.signal(
+                        number, program.interrupt))
         try:
-            ops = _Shown(closed_event=options.closed_event,
-                         connection_lifetime=options.lifetime,
-                         max_connections=options.max_connections)
-        except ValueError as error:
-            name, _, rest = str(error).partition(" ")
-            option = {"connection_lifetime": "lifetime"}.get(name, name)
-            parser.error(f"--{option.replace('_', '-')} {rest}")
-        ops.keepalive = options.keepalive
-        return _Program(options, ops).run()
-    except _Failure as failure:
-        print(f"{parser.prog}: {failure}", file=sys.stderr)
-        return 1
+            program.run()
+        finally:
+            program.finish()
+            for number, handler in before.items():
+                # A command has nothing more to do than to leave.
+                signal.signal(number, handler if argv else signal.SIG_IGN)
+    except SystemExit as leave:
+        return leave.code
     except KeyboardInterrupt:
         return 130
+    return 0
 
 
 if __name__ == "__main__":
@@ -4711,15 +4307,12 @@ if __name__ == "__main__":
 # ---------------------------------------------------------------------------
 # The licence, which every copy has to keep: BSD-2-Clause
 # ---------------------------------------------------------------------------
-#
 # Copyright (c) 2026, the tcpops authors
 #
 # Redistribution and use in source and binary forms, with or without
 # modification, are permitted provided that the following conditions are met:
-#
 #  1. Redistributions of source code must retain the above copyright notice,
 #     this list of conditions and the following disclaimer.
-#
 #  2. Redistributions in binary form must reproduce the above copyright notice,
 #     this list of conditions and the following disclaimer in the documentation
 #     and/or other materials provided with the distribution.

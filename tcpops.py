@@ -133,7 +133,7 @@ class State(_Code):
     OK = 1          #: the connection is usable
     ACCEPT = 2      #: a listener, or accepted and no byte has moved yet
     CONNECT = 3     #: connect() is under way
-    NOT_FOUND = -1  #: no such connection, or not any more
+    NOT_FOUND = -1  #: no such connection, or no longer
     EOF = -2        #: the peer has sent FIN
     ERROR = -3      #: the socket has an error; the connection will end
     BAD = -4        #: the probe itself failed; the connection will end
@@ -389,13 +389,13 @@ def _resolve(host, port, passive=False):
     flags = socket.AI_PASSIVE if passive else 0
     if isinstance(host, str) and re.search(r"[\0-\x20\x7f]", host):
         # A NUL would cut the name short, a CR LF end a line of a request.
-        raise _ArgumentError(f"no host name: {reprlib.repr(host)}")
+        raise _ArgumentError(f"not a host name: {reprlib.repr(host)}")
     try:
         found = socket.getaddrinfo(host or None, port,
                                    type=socket.SOCK_STREAM, flags=flags)
     except UnicodeError as error:
         raise _ArgumentError(
-            f"no host name: {reprlib.repr(host)} ({error})") from None
+            f"not a host name: {reprlib.repr(host)} ({error})") from None
     return [(family, address) for family, _, _, _, address in found]
 
 
@@ -1193,17 +1193,17 @@ class WebSocketFraming(Framing):
     def _check(self):
         """Raise ValueError for a setting that a request cannot carry."""
         if not re.fullmatch(r"[!-~]+", self.path):
-            raise ValueError(f"no path for a WebSocket: {self.path!r}")
+            raise ValueError(f"not a WebSocket path: {self.path!r}")
         for names in (self.offers, self.subprotocols):
             if isinstance(names, str):
                 raise ValueError(f"a tuple is needed, not {names!r}")
             if (not all(map(_TOKEN.fullmatch, names))
                     or len(set(names)) < len(names)):
                 raise ValueError(
-                    f"subprotocols are different tokens, not {names!r}")
+                    f"subprotocols must be distinct tokens, not {names!r}")
         for name, value in self.headers:
             if not _TOKEN.fullmatch(name) or _CONTROLS.search(str(value)):
-                raise ValueError(f"no header field: {name!r}: {value!r}")
+                raise ValueError(f"not a header field: {name!r}: {value!r}")
 
     def begin(self, host):
         """Queue a client's request."""
@@ -1283,7 +1283,7 @@ class WebSocketFraming(Framing):
             "Content-Type": "text/plain; charset=utf-8",
             "Content-Length": str(len(reason.encode()) + 1),
         }, reason + "\n")
-        raise ProtocolError(f"no WebSocket handshake: {reason}")
+        raise ProtocolError(f"WebSocket handshake failed: {reason}")
 
     def _agree(self, subprotocol):
         self.subprotocol = subprotocol
@@ -1307,7 +1307,7 @@ class WebSocketFraming(Framing):
                 (subprotocol is not None and subprotocol not in self.offers,
                  "a subprotocol that was not offered")):
             if wrong:
-                raise ProtocolError(f"no WebSocket handshake: {reason}")
+                raise ProtocolError(f"WebSocket handshake failed: {reason}")
         self._agree(subprotocol)
 
     # -- frames that come in ------------------------------------------------
@@ -1435,7 +1435,7 @@ class WebSocketFraming(Framing):
         code = int.from_bytes(payload[:2], "big") if payload else 1005
         if len(payload) == 1 or (payload and not any(
                 code in codes for codes in _CLOSE_CODES)):
-            raise _Violation(1002, "a close frame with a code that is none")
+            raise _Violation(1002, "a close frame with an invalid code")
         try:
             reason = payload[2:].decode()
         except UnicodeDecodeError:
@@ -3681,7 +3681,7 @@ class TcpOps(Loop):
         if conn.phase in _LIVE and not conn.forgotten:
             return conn
         if conn.phase is Phase.LISTENING:
-            raise _ArgumentError(f"conid {conid} is a listener, no connection")
+            raise _ArgumentError(f"conid {conid} is a listener")
         raise _ArgumentError(f"connection {conn.conid} is ending")
 
     # -- spec 3.1 to 3.6 --------------------------------------------------
@@ -3873,7 +3873,7 @@ class TcpOps(Loop):
         proto = "tcp" if conn is None else conn.proto
         if protos is not None and proto not in protos:
             raise _ArgumentError(f"there is no connection to {address} with"
-                                 " its transport, and forward makes none")
+                                 " that transport, and forward makes none")
         if conn is None:
             try:
                 self._check_taking()

@@ -1,7 +1,7 @@
 """What tcpops costs, beside its peers, on this machine.
 
     python examples/bench.py --quick        under a minute
-    python examples/bench.py                some minutes, what README shows
+    python examples/bench.py                three minutes, as in README.md here
     python examples/bench.py --only echo,memory --json
 
 Peers are asyncio, and uvloop, Twisted and websockets where they are installed
@@ -720,6 +720,9 @@ ops.run()
 
 class NoSocket:
     """What a simulated connection has for a socket."""
+
+    def close(self):
+        """Close nothing: a child does, after fork()."""
 
 
 def simulated(count):

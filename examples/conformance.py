@@ -1716,47 +1716,46 @@ GROUPS = [
           + [f"3.3 {ENABLE}, the strings '60', '5', '7'",
              f"3.5 {LIFETIME}, the string '3605'",
              f"3.5 {LIFETIME}, the string '1.5'"]),
-    Group("lifetime and closed event, a conid that is none", ("no answer",),
+    Group("lifetime and closed event, an unknown conid", ("no answer",),
           '3.5, 3.6: "Retuns 1 on success, -1 on failure". Kamailio returns 0,'
           " which ends the script",
           each(BOOKS, *NOT_FOUND)),
     Group("state, FIN came while the script was busy", ("-1", "1"),
-          '3.2: "-2: Socket has reached EOF". Kamailio answers what it knew'
-          " last, and closes by itself at a FIN",
+          '3.2: "-2: Socket has reached EOF". Kamailio answers from memory,'
+          " and closes by itself at a FIN",
           each(PROBES[1:], BUSY[0],
                "FIN came, half-closed while the script was busy",
                "a message and FIN came while the script was busy")),
     Group("state, RST came while the script was busy", ("-1", "1"),
-          '3.2: "-3: Socket error has occured". Kamailio answers what it knew'
-          " last, and closes by itself at an RST",
+          '3.2: "-3: Socket error has occured". Kamailio answers from memory,'
+          " and closes by itself at an RST",
           each(PROBES[1:], BUSY[1],
                "a message and RST came while the script was busy")),
     Group("alive, FIN or RST came while the script was busy", ("-1", "1"),
-          '3.1: "or is about to be closed". Kamailio answers what it knew'
-          " last",
+          '3.1: "or is about to be closed". Kamailio answers from memory',
           each(PROBES[:1], *BUSY,
                "FIN came, half-closed while the script was busy",
                "a message and FIN came while the script was busy",
                "a message and RST came while the script was busy")),
     Group("keepalive and close, FIN or RST came while the script was busy",
-          ("-1", "1"), "A conid is one until its end has been told. Kamailio"
-          " closes in another process meanwhile, or not",
+          ("-1", "1"), "A conid is valid until its end has been reported."
+          " Kamailio may close in another process meanwhile",
           each(OPTIONS, *BUSY) + [f"3 tcp_close_connection, {what}"
                                   for what in BUSY]),
     Group("lifetime and closed event, FIN or RST came while the script was"
-          " busy", ("no answer", "1"), "A conid is one until its end has been"
-          " told. Kamailio closes in another process meanwhile, or not",
+          " busy", ("no answer", "1"), "A conid is valid until its end has"
+          " been reported. Kamailio may close in another process meanwhile",
           each(BOOKS, *BUSY)),
     Group("state, the socket that accepts connections", ("unknown",),
-          '3.2: "2: Socket is accepting incoming connections". Such a socket'
-          " of Kamailio's has no conid",
+          '3.2: "2: Socket is accepting incoming connections". In Kamailio'
+          " such a socket has no conid",
           ["3.2 tcp_conid_state, the socket that accepts connections"]),
     Group("state, a socket in an unknown bad state", ("unknown",),
-          '3.2: "-4: Socket is in unknow bad state". Nothing brings Kamailio'
-          " to it from outside",
+          '3.2: "-4: Socket is in unknow bad state". Kamailio cannot be'
+          " brought to it from outside",
           ["3.2 tcp_conid_state, a socket in an unknown bad state"]),
     Group("keepalive values that the kernel refuses", ("1",),
-          '3.3: "-1 on failure". Kamailio does not heed what the kernel says',
+          '3.3: "-1 on failure". Kamailio ignores that the kernel refuses',
           [f"3.3 {ENABLE}, idle {idle}, count {count}, interval {interval}"
            for idle, count, interval in (
                (0, 5, 5), (60, 0, 5), (60, 5, 0), (0, 0, 0), (-1, -1, -1),
@@ -1764,13 +1763,13 @@ GROUPS = [
                (99999, 999, 99999), (2 ** 40, 5, 5))]),
     Group("the kernel's keepalive after values that it refuses",
           ("about 60 s, no keepalive, about 60 s", "about 50 s, about 20 s"),
-          "What returns -1 has changed nothing. Kamailio has turned keepalive"
-          " on, and set what the kernel took",
+          "A call that returns -1 has changed nothing. Kamailio has turned"
+          " keepalive on, and set the values that the kernel accepted",
           [f"3.3 the kernel's timer after {ENABLE} 60, 5, 5, off, then -1, 5,"
            " 5, which fails",
            f"3.3 the kernel's timer after {ENABLE} 50, 5, 5, then 20, 128, 5,"
            " which fails"]),
-    Group("the kernel's keepalive where nobody has asked for it",
+    Group("the kernel's keepalive where it was not enabled",
           ("about 120 min",), '1: "on demand". Kamailio turns it on, with the'
           " system's two hours, for every connection (tcp_keepalive)",
           ["3.3 the kernel's timer where nobody has asked for keepalive"]),
@@ -1781,14 +1780,14 @@ GROUPS = [
           [f"3.3 keepalive 2, 3, 1: a {who} vanishes with data in flight"
            for who in ("peer", "host")]),
     Group("lifetimes of 2^31 s and more", ("1",),
-          "Out of range. Kamailio makes another number of it",
+          "Out of range. Kamailio turns it into another number",
           [f"3.5 {LIFETIME}, {value} s"
            for value in (2 ** 31, 2 ** 32 + 60, 2 ** 40)]),
     Group("a lifetime, however set, and its end",
           ("late, no event", "never, no event", "on time, no event"),
-          '3.5: "lifetime (seconds)"; 4.1: "or timeout". Kamailio looks at a'
-          " lifetime seldom (here up to 9 s late, or not within 15 s), and"
-          " tells nobody of its end",
+          '3.5: "lifetime (seconds)"; 4.1: "or timeout". Kamailio checks'
+          " lifetimes rarely (here up to 9 s late, or not within 15 s), and"
+          " does not report the end",
           [*(f"3.5 an idle connection's lifetime of {what}" for what in (
               "1 s", "2 s", "4 s", "0 s", "2 s, set from another connection",
               "2 s, set from outside of TCP", "2 s, set after 8 s of silence",
@@ -1808,55 +1807,55 @@ GROUPS = [
           ["4.1 closed_event 1, it ends by its lifetime",
            f"{ALONE} its lifetime",
            "2.1 closed_event 2, enabled, it ends by its lifetime"]),
-    Group("a lifetime of a connection that does not stand yet",
-          ("no event, 3",), "The same. Kamailio's has a deadline of its own",
+    Group("a lifetime of a connection that is still connecting",
+          ("no event, 3",), "The same. Kamailio has another deadline for it",
           ["3.5 a lifetime of 1 s of a connection that does not stand yet"]),
     Group("half a message, and nothing for long", ("never, no event",),
-          "message_timeout, against peers that drip. Kamailio waits",
+          "message_timeout, against peers that drip bytes. Kamailio waits",
           ["3.5 half a message, and nothing for 3 s"]),
-    Group("what is no SIP, or not clearly", ("no event",),
-          "RFC 3261, 7 and 18.3: who cannot be understood is not listened to."
-          " Kamailio waits, skips it, or takes it as it is",
+    Group("invalid or ambiguous SIP", ("no event",),
+          "RFC 3261, 7 and 18.3: after such a message the start of the next"
+          " is unknown. Kamailio waits, skips it, or accepts it",
           [f"4.1 a peer that {what}" for what in (
               "sends bytes without end or sense", "sends HTTP",
               "sends two lengths", "ends its lines with LF alone")]),
     Group("a reset or a timeout where `event_route[tcp:closed]` is the only"
           " one", ("no event",), '4.1: "closed by the remote party, or reset,'
           ' or timeout". Kamailio 5.6.3 calls tcp:reset and tcp:timeout for'
-          " the latter two, also where there are none",
+          " the latter two, even without handlers for them",
           [f"{ALONE} RST", f"{ALONE} keepalive"]),
     Group("an RST behind data, `event_route[tcp:closed]` is the only one",
-          ("tcp:closed", "no event"), "4.1: the same. Kamailio takes an RST"
-          " behind data for a FIN, or not",
+          ("tcp:closed", "no event"), "4.1: the same. Kamailio may take an"
+          " RST behind data for a FIN",
           [f"{ALONE} RST behind half a message",
            f"{ALONE} RST behind three messages"]),
     Group("an RST behind data, or met while sending",
-          ("tcp:closed", "tcp:reset"), '4.1: "reset". Kamailio takes such an'
-          " RST for a FIN, or not",
+          ("tcp:closed", "tcp:reset"), '4.1: "reset". Kamailio may take such'
+          " an RST for a FIN",
           [f"{clause} closed_event {mode}, it ends by RST behind {what}"
            for what in ("half a message", "three messages")
            for clause, mode in (("4.1", "1"), ("2.1", "2, enabled"))]
           + ["4.1 an RST that is met while sending"]),
     Group("a peer that stops reading", ("tcp:closed",), '4.1: "or timeout".'
-          " Kamailio closes for its own send timeout and says tcp:closed",
+          " Kamailio's send timeout ends it, as tcp:closed",
           ["4.1 a peer that stops reading, for longer than 3 s"]),
     Group("`tcp_close_connection` by conid of a connection that is silent, or"
           " outgoing", ("no event", "1, no event", "1, tcp:closed"),
-          "Every conid ends in one event. Kamailio has none where the process"
-          " that closes is not the one that reads",
+          "Every conid ends in one event. Kamailio has none if one process"
+          " closes and another reads",
           ["4.1 closed_event 1, it ends after 8 s of silence by"
            " tcp_close_connection from another",
            *(f"4.1 tcp_close_connection by conid, {what}" for what in (
                "a connection never used", "an outgoing connection",
                "an outgoing connection that does not stand yet"))]),
-    Group("state, alive and close, right behind `tcp_close_connection`",
-          ("1", "-1"), "A conid is gone from the moment that this has returned"
-          " 1. Kamailio has another process close later",
+    Group("state, alive and close, right after `tcp_close_connection`",
+          ("1", "-1"), "A conid is gone once this has returned 1. In Kamailio"
+          " another process closes later",
           each([*PROBES, *OPTIONS],
                "tcp_close_connection has just been called")
           + ["3 tcp_close_connection, tcp_close_connection has just been"
              " called"]),
-    Group("lifetime and closed event, right behind `tcp_close_connection`",
+    Group("lifetime and closed event, right after `tcp_close_connection`",
           ("no answer", "1"), "The same",
           each(BOOKS, "tcp_close_connection has just been called")),
     Group("an outgoing connection that fails", ("no event",), "Every conid"
@@ -1870,7 +1869,7 @@ GROUPS = [
           ("the listener's",), "They are the connection's own. Kamailio shows"
           " the address on which it listens",
           ["4.1 $Ri and $Rp in the event route, an outgoing connection"]),
-    Group("`tcp_get_conid` of a SIP URI", ("-1",), "A URI is an address, too",
+    Group("`tcp_get_conid` of a SIP URI", ("-1",), "A URI is an address",
           ["3 tcp_get_conid, a SIP URI"]),
 ]
 
@@ -2016,9 +2015,9 @@ def show_markdown(lines):
 
 
 def differences():
-    """Return the README's section on differences, from GROUPS."""
+    """Return the table of differences in README.md here, from GROUPS."""
     demands = {one.key: one.demand for one in SCENARIOS}
-    return [["what is done", "Kamailio 5.6.3", "tcpops", "why"], *(
+    return [["case", "Kamailio 5.6.3", "tcpops", "why"], *(
         [group.title, " or ".join(group.kamailio),
          " or ".join(dict.fromkeys(demands[key] for key in group.keys)),
          group.why] for group in GROUPS)]

@@ -439,7 +439,7 @@ def _is_signal(error):
 
 def _system_error(error):
     """Return what a system call of ours has raised, or raise it again."""
-    if _is_signal(error):
+    if error.__traceback__.tb_next is not None and _is_signal(error):
         raise error
     return error
 

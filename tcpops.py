@@ -386,7 +386,7 @@ def _resolve(host, port, passive=False):
     """
     port = _number(port, "port", 0, 65535, whole=True)
     flags = socket.AI_PASSIVE if passive else 0
-    if isinstance(host, str) and re.search(r"[\0-\x20\x7f]", host):
+    if re.search(r"[\0-\x20\x7f]", host or ""):
         # A NUL would cut the name short, a CR LF end a line of a request.
         raise _ArgumentError(f"not a host name: {reprlib.repr(host)}")
     try:
@@ -399,15 +399,16 @@ def _resolve(host, port, passive=False):
 
 
 def _peer_key(address):
-    """Return (host, port) of a peer: a link-local address means something
-    only together with its zone (RFC 4007, 6).
-    """
-    if len(address) == 2 or not address[3]:
-        return address[:2]
-    zone = address[3]
-    with contextlib.suppress(OSError):  # the link has gone
-        zone = socket.if_indextoname(zone)
-    return f"{address[0].partition('%')[0]}%{zone}", address[1]
+    """Return (host, port), with the zone of a link-local host (RFC 4007)."""
+    if len(address) == 2:
+        return address
+    host = address[0].partition("%")[0]
+    if address[3] and re.match("fe[89ab]", host):
+        # Not if_indextoname, which PyPy lacks.
+        host = socket.getnameinfo(
+            (host, *address[1:]),
+            socket.NI_NUMERICHOST | socket.NI_NUMERICSERV)[0]
+    return host, address[1]
 
 
 # What code of the program's raises is logged, and costs its own connection at
@@ -1216,7 +1217,7 @@ class WebSocketFraming(Framing):
                 **dict(self.headers)})
 
     def _say_http(self, start, headers, body=""):
-        lines = [start, *(f"{name}: {value}" for name, value
+        lines = [start, *(f"{name!s}: {value!s}" for name, value
                           in headers.items() if value), "", body]
         self.output += "\r\n".join(lines).encode()
 
@@ -1910,10 +1911,9 @@ class Table:
 
 
 class Routes:
-    """Which handler is called for what; the decorators that say so.
+    """The program's handlers, and the decorators that register them.
 
-    Each decorator returns the function unchanged.  One handler for each
-    route, as in the script language: a second one takes the first's place.
+    Each returns the function unchanged; a second handler replaces the first.
     """
 
     def __init__(self, closed_event, event_callback):
@@ -2047,13 +2047,10 @@ _RESERVE = 32
 _FULL = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 #: accept() errors of the listener itself; all others are one peer's.
 _BROKEN = (errno.EBADF, errno.ENOTSOCK, errno.EINVAL, errno.EOPNOTSUPP)
-_IN_PROGRESS = (0, errno.EINPROGRESS, errno.EWOULDBLOCK)
 _AGAIN = (BlockingIOError, InterruptedError)
 #: send() errors that say "not now": what is to be sent is queued.
 _NOT_NOW = (errno.EAGAIN, errno.EWOULDBLOCK, errno.EINTR, errno.ENOBUFS,
             errno.ENOMEM)
-#: Listeners bound to these have connections with various local addresses.
-_EVERY_ADDRESS = ("0.0.0.0", "::")
 _LINGER_RESET = struct.pack("ii", 1, 0)
 
 
@@ -2098,13 +2095,17 @@ def _ignore(_conn, _mask):
 
 
 def _unread(sock):
-    """Return how many bytes wait in a socket, None where none can tell."""
+    """Return how many bytes wait in a stream, None where none can tell."""
+    if getattr(sock, "type", None) != socket.SOCK_STREAM:
+        return None
     try:
         import fcntl    # Windows has neither of them
         import termios
         return fcntl.ioctl(sock, termios.FIONREAD, bytes(4))
-    except (ImportError, OSError, ValueError):
+    except (ImportError, OSError):
         return None
+    except ValueError:  # closed, and so never read
+        return b""
 
 
 class _Attended:
@@ -2150,7 +2151,6 @@ class Loop(Routes):
         _loops.add(self)
 
     def _start(self):
-        """Set up the state; settings are checked by now."""
         self._recv_size = min(_RECV_SIZE, self._max_message)
         self._table = Table()
         self._deadlines = Deadlines()
@@ -2205,11 +2205,10 @@ class Loop(Routes):
 
     def dismiss(self, sock):
         """Undo attend."""
-        key = self._selector.unregister(sock)
-        key.data.ready = _ignore
+        self._selector.unregister(sock).data.ready = _ignore
         try:
-            os.fstat(key.fd)
-        except OSError:  # closed already
+            os.fstat(sock.fileno())
+        except (OSError, AttributeError):  # closed already, or a number
             self._lost = 1
 
     # -- for the host program: settings and questions ---------------------
@@ -2346,9 +2345,9 @@ class Loop(Routes):
         OSError (no such name, no descriptor), ValueError (not a name).
         """
         stack = Stack.of(framing, tls, server_hostname, (host, port))
-        self._check_room()
         addresses = _resolve(host, port)
         layer = stack.build(self._max_message, client=True)
+        self._check_room()
         sock, address, rest = self._socket_for(addresses)
         conn = self._begin(sock, Phase.CONNECTING, "connect", stack, layer,
                            _peer_key(address))
@@ -2365,7 +2364,6 @@ class Loop(Routes):
         ValueError for any other kind of socket, OSError if not connected.
         """
         stack = Stack.of(framing)
-        self._check_room()
         ssl = sys.modules.get("ssl")  # not loaded: then it is not one
         if (not isinstance(sock, socket.socket)
                 or ssl and isinstance(sock, ssl.SSLSocket)
@@ -2379,6 +2377,7 @@ class Loop(Routes):
         if key is not None and key.data.sock is sock:
             raise ValueError(f"{sock!r} is attached already")
         layer = stack.build(self._max_message, client=False)
+        self._check_room()
         sock.setblocking(False)
         conn = self._begin(sock, Phase.OPENING, "attach", stack, layer,
                            peer, local)
@@ -2594,14 +2593,15 @@ class Loop(Routes):
                 for call in _take(self._calls):
                     self._run_call(*call)
                     handled += 1
+            conn = None
             if due:
                 handled += self._expire(now)
             if self._rest_until <= now:
                 self._rest_until = NEVER
                 self._resume(self._resting)
                 handled += 1
-            # Dead sockets, and events.
             if self._doomed:
+                handled += self._tell()  # opened, before its messages
                 for conn in _take(self._doomed):
                     try:
                         self._bury(conn)
@@ -2650,8 +2650,8 @@ class Loop(Routes):
         self._in_vain = {owner: before.get(owner, 0) + 1 for owner in in_vain}
         for owner, count in self._in_vain.items():
             if count == _SPIN and isinstance(owner, _Attended):
-                log.warning("%r was ready %d times in a row, and its function"
-                            " has read nothing", owner.sock, count)
+                self._complain(f"{owner.sock} was ready {count} times in a"
+                               " row, and its function has read nothing")
             elif count >= _SPIN and self._lost:
                 self._renew_selector()  # it may be another's, of its number
             elif count >= _SPIN and isinstance(owner, Connection):
@@ -2675,7 +2675,6 @@ class Loop(Routes):
 
     @staticmethod
     def _run_call(function, arguments):
-        """Call a function of the host program's."""
         try:
             function(*arguments)
         except BaseException as error:
@@ -2729,7 +2728,6 @@ class Loop(Routes):
     # What a handler raises is logged and changes nothing.
 
     def _message(self, conn, msg):
-        """Hand a message to its route."""
         self._current = conn
         handler = self._request
         try:
@@ -2744,7 +2742,6 @@ class Loop(Routes):
             self._use_otcpid = False
 
     def _call_event(self, conn, event):
-        """Hand an event to its route."""
         self._current, self._event = conn, event
         handler = self.event_handler
         try:
@@ -2785,7 +2782,6 @@ class Loop(Routes):
     # -- the life of a connection -----------------------------------------
 
     def _enter(self, conn, phase):
-        """Change a connection's phase."""
         if conn.phase in _LIVE and phase not in _LIVE:
             self._table.remove_peer(conn)
         conn.phase = phase
@@ -2851,7 +2847,8 @@ class Loop(Routes):
             return  # the end has come with the handshake
         early, conn.early, conn.early_bytes = conn.early, (), 0
         for payload in early:
-            data = self._ask(conn, self._encode, conn, payload)
+            data = self._ask(
+                conn, lambda: bytes(self._encode(conn, payload)))
             if data is _FAILED or conn.phase is not Phase.OPEN:
                 break
             self._write(conn, data)
@@ -2974,7 +2971,7 @@ class Loop(Routes):
         """Return what a connection's framing says before we close."""
         if conn.layer is not None:
             try:
-                return conn.layer.farewell(conn.cause.reason)
+                return bytes(conn.layer.farewell(conn.cause.reason))
             except BaseException as error:
                 self._log_raised(conn, f"framing {conn.stack.name}", error)
         return b""
@@ -3058,6 +3055,7 @@ class Loop(Routes):
             # must not close the number once more, for it is ours now.
             stale = self._selector.get_key(number).data
             self._selector.unregister(number)
+            self._lost = 1
             if stale.sock.fileno() == number:
                 stale.sock.detach()
             if isinstance(stale, Connection):  # else: see attend
@@ -3153,7 +3151,7 @@ class Loop(Routes):
                     elif payload is SKIPPED:
                         anew = anew or not layer.amid
                 except BaseException as error:
-                    self._framing_failed(conn, _program_error(error))
+                    self._framing_failed(conn, error)
                     break
                 if news:
                     self._greeted(conn)
@@ -3184,7 +3182,7 @@ class Loop(Routes):
         try:
             return call(*args)
         except BaseException as error:
-            self._framing_failed(conn, _program_error(error))
+            self._framing_failed(conn, error)
             return _FAILED
 
     def _greeted(self, conn):
@@ -3192,12 +3190,14 @@ class Loop(Routes):
         self._speak(conn)
         # None: a callback of the TLS context has closed it.
         if (not conn.opened and conn.layer is not None
-                and self._ask(conn, getattr, conn.layer, "opened") is True):
+                and self._ask(conn, lambda: bool(conn.layer.opened)) is True):
             self._open(conn)
             self._tell()
 
     def _framing_failed(self, conn, error):
         """End a connection whose framing cannot go on."""
+        if _is_signal(_program_error(error)):
+            raise error
         detail = str(error)
         if not isinstance(error, ProtocolError):
             log.error("conid %d: framing %s raised", conn.conid,
@@ -3227,9 +3227,10 @@ class Loop(Routes):
         """Send what a framing has to say by itself."""
         layer = conn.layer
         if conn.phase in _READING and layer is not None and layer.output:
-            data = bytes(layer.output)
-            layer.output.clear()
-            self._write(conn, data)
+            data, layer.output = layer.output, bytearray()
+            data = self._ask(conn, bytes, data)
+            if data is not _FAILED:
+                self._write(conn, data)
 
     def _send_on(self, conn, payload):
         """Send a payload on a connection; return a Result.  See send."""
@@ -3362,17 +3363,18 @@ class Loop(Routes):
         return done
 
     def _admit(self, listener, sock, peer):
-        """Make an accepted socket a connection."""
         try:
             layer = listener.stack.build(self._max_message, client=False)
         except BaseException as error:
             sock.close()
             self._log_raised(listener, "the framing", error)
             return
+        if self._closing:  # by the framing
+            return sock.close()
         local = listener.local
         try:
             sock.setblocking(False)
-            if local[0] in _EVERY_ADDRESS:
+            if local[0] in ("0.0.0.0", "::"):  # so each has its own
                 local = _peer_key(sock.getsockname())
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         except BaseException as error:
@@ -3389,13 +3391,16 @@ class Loop(Routes):
 
     def _rest(self, owner, text):
         """Do not select an owner for a while: it would be ready in vain."""
-        now = self._clock()
-        if now >= self._complain_at:  # a line a second at the most
-            log.warning("conid %d %s", owner.conid, text)
-            self._complain_at = now + 1
+        self._complain(f"conid {owner.conid} {text}")
         self._watch(owner, 0)
         self._resting.append(owner)
-        self._rest_until = now + _REST
+        self._rest_until = min(self._rest_until, self._clock() + _REST)
+
+    def _complain(self, text):
+        """Log a warning, one a second at the most."""
+        if self._clock() >= self._complain_at:
+            log.warning("%s", text)
+            self._complain_at = self._clock() + 1
 
     def _resume(self, owners):
         """Select owners that rest again: listeners at every end, since there
@@ -3423,7 +3428,7 @@ class Loop(Routes):
 
     def _go_on_connecting(self, conn, number):
         """Wait for connect(), or try the next address after its errno."""
-        while number not in _IN_PROGRESS:
+        while number not in (0, errno.EINPROGRESS, errno.EWOULDBLOCK):
             try:
                 sock, address, rest = self._socket_for(conn.candidates)
             except OSError as error:
@@ -3616,7 +3621,7 @@ def _script_function(takes, failure=Result.FAILURE, name=None):
 
     def decorate(function):
         @functools.wraps(function)
-        def script_function(self, *args, **named):
+        def script_function(self, /, *args, **named):
             try:
                 if named or len(args) != len(names):
                     args = _arguments(takes, names, args, named)
@@ -3823,7 +3828,6 @@ class TcpOps(Loop):
             raise _ArgumentError("only in the handler of a message")
 
     def _peer(self, host, port, protos):
-        """Return the youngest connection with a peer, or None."""
         found = (self._table.find_peer(_peer_key(address), protos)
                  for _, address in _resolve(host, port))
         return next((conn for conn in found if conn is not None), None)
@@ -3845,7 +3849,6 @@ class TcpOps(Loop):
 
     @_script_function("conid", None, "send")
     def _found(self, conid):
-        """Return a live connection, or None after a log line."""
         return self._usable(conid)
 
     def forward(self, address, payload):
@@ -4004,7 +4007,6 @@ def _format_peer(host, port):
 
 
 def _describe(info):
-    """Return the line of a ConnectionInfo in the list."""
     if info.origin == "listen":
         return (f"conid {info.conid}  listening on"
                 f" {_format_peer(info.Ri, info.Rp)}")
@@ -4095,7 +4097,6 @@ class _Program:
         sys.exit(1)
 
     def _start(self, what, method, address, console):
-        """Listen or connect, and show it."""
         try:
             conid = method(*address, framing=self._options.framing)
         except (OSError, ValueError) as error:
@@ -4157,7 +4158,6 @@ class _Program:
         threading.Thread(target=read, daemon=True).start()
 
     def _type(self, line):
-        """Carry out a line of the console."""
         name, _, rest = line.partition(" ")
         if not line:
             self._out.write(self._out.prompt)

@@ -615,7 +615,8 @@ class TestAddresses:
         (("fe80::1%lo", 5, 0, 1), ("fe80::1%lo", 5)),
         (("fe80::1%1", 5, 0, 1), ("fe80::1%lo", 5)),
         (("fe80::1%gone", 5, 0, 99999), ("fe80::1%99999", 5)),
-        (("fe80::1", 5, 0, 99999), ("fe80::1%99999", 5))])
+        (("fe80::1", 5, 0, 99999), ("fe80::1%99999", 5)),
+        (("::1%1", 5, 0, 1), ("::1", 5))])
     @pytest.mark.skipif(not LINUX, reason="its loopback is lo, number 1")
     def test_a_peer_is_known_with_its_zone(self, address, key):
         assert tcpops._peer_key(address) == key
@@ -2749,6 +2750,73 @@ class Greeting(Netstring):
 
 
 class TestFramings:
+    @pytest.mark.parametrize("wrong", ["farewell", "encode", "output"])
+    def test_a_framing_that_returns_no_bytes(self, make_world, logged, wrong):
+        """Its connection ends, and no one else notices."""
+        class Wrong(tcpops.LineFraming):
+            def begin(self, host):
+                if wrong == "output":
+                    self.output = "text"
+
+            def encode(self, payload):
+                return None if wrong == "encode" else super().encode(payload)
+
+            def farewell(self, reason):
+                return None if wrong == "farewell" else b""
+        world = make_world()
+        server = world.server()
+        conid = world.ops.connect(*server.getsockname(), framing=Wrong)
+        assert world.ops.send(conid, b"early")
+        world.accept(server)
+        if wrong == "farewell":
+            world.until(lambda: world.events)
+            assert world.ops.tcp_close_connection(conid)
+        assert world.end(conid).reason == (
+            "closed" if wrong == "farewell" else "protocol")
+        assert len(logged) == 1 and "raised" in logged[0]
+        world.talk(world.client()[0])
+
+    @pytest.mark.parametrize("how", ["connect", "attach", "accept"])
+    def test_a_framing_that_closes_the_loop_as_it_is_made(self, make_world,
+                                                          how):
+        """What is not born yet is not born any more."""
+        class Last(tcpops.LineFraming):
+            def __init__(self, *args):
+                super().__init__(*args)
+                if how != "accept" or world.listener:
+                    world.ops.close()
+        world = make_world()
+        left, right = tcp_pair()
+        world.socks += [left, right]
+        if how == "accept":
+            world.listener = None
+            port = world.ops.connection(
+                world.ops.listen("127.0.0.1", 0, framing=Last)).Rp
+            world.listener = True
+            world.socks.append(socket.create_connection(("127.0.0.1", port)))
+            world.ops.step(5)
+        else:
+            with pytest.raises(RuntimeError, match="closed"):
+                if how == "attach":
+                    world.ops.attach(right, framing=Last)
+                else:
+                    world.ops.connect("127.0.0.1", 9, framing=Last)
+        assert world.ops.connections() == [] and not world.events
+
+    def test_an_opened_that_is_merely_true(self, make_world):
+        class Merely(tcpops.LineFraming):
+            opened = property(lambda self: len(self.buffer) + self.greeted)
+            greeted = 0
+
+            def next_message(self):
+                self.greeted = 7
+                return super().next_message()
+        world = make_world(framing=Merely)
+        sock = socket.create_connection(("127.0.0.1", world.port), 5)
+        world.socks.append(sock)
+        world.talk(sock, b"x\n")
+        assert [event.name for event in world.events] == ["tcp:opened"]
+
     def test_raw_hands_over_what_is_received(self, world):
         sock, conid = world.client()
         msg = world.talk(sock, b"\x00\xff")
@@ -4283,6 +4351,22 @@ class TestWebSocket:
         assert "ValueError" in event.detail and len(logged) == 1
         assert world.accept(server).recv(999) == b""
 
+    def test_a_value_that_is_formatted_otherwise(self, make_world):
+        """As members of an enum are, before Python 3.11."""
+        class Odd(str):
+            def __format__(self, spec):
+                return "x\r\nX-Evil: 1"
+
+        class Client(tcpops.WebSocketFraming):
+            headers = [("X-Odd", Odd("good"))]
+        world = make_world()
+        server = world.server()
+        world.ops.connect(*server.getsockname(), framing=Client)
+        peer = world.accept(server)
+        world.ops.step(5)
+        head = peer.recv(4096)
+        assert b"X-Odd: good\r\n" in head and b"Evil" not in head
+
     def test_what_may_go_into_a_head(self, world):
         class Fit(tcpops.WebSocketFraming):
             offers = ("v1.chat", "!#$%&'*+-.^_`|~09azAZ")
@@ -5027,6 +5111,8 @@ class TestListenAndConnect:
         assert len(world.events) == 2 and not world.messages
 
     @needs("ip")
+    @pytest.mark.skipif(not hasattr(socket, "if_nametoindex"),
+                        reason="PyPy has no if_nametoindex")
     def test_a_link_local_address_has_its_zone(self, own_net, world):
         """Two hosts, each on a link of its own, have the same one."""
         links = ("left", "right")
@@ -6349,6 +6435,73 @@ class TestLoop:
         finally:
             os.close(duplicate)
 
+    def test_a_later_rest_puts_off_no_one(self, timed):
+        sock, conid = timed.client()
+        conn = timed.ops._table.get(conid)
+        timed.ops._rest(conn, "rests")
+        timed.clock.advance(0.06)
+        timed.ops._rest(timed.ops._table.get(timed.listener), "rests")
+        sock.send(b"x")
+        assert timed.ops.step(0) == 0
+        assert timed.ops.next_deadline() == pytest.approx(timed.clock() + 0.04)
+        timed.clock.advance(0.05)
+        timed.until(lambda: timed.messages)
+
+    def test_a_fault_in_a_deadline_blames_no_one_else(self, make_world, clock,
+                                                      monkeypatch):
+        world = make_world(framing="line", clock=clock)
+        other, innocent = world.client()
+        _, conid = world.client()
+        world.ops.tcp_set_connection_lifetime(conid, 1)
+        other.sendall(b"x\n" * 20)
+        world.ops.step(5)
+        assert world.ops._table.get(innocent).waiting
+        clock.advance(1)
+
+        def fault(*_):
+            monkeypatch.undo()
+            raise AssertionError("a bug")
+        monkeypatch.setattr(world.ops, "_come_due", fault)
+        with pytest.raises(AssertionError, match="a bug"):
+            world.ops.step(0)
+        assert world.end(conid).reason == "error"
+        assert world.ops.tcp_conid_alive(innocent)
+
+    def test_a_question_from_a_call_opens_first(self, world):
+        """Data and RST had come before the loop has looked."""
+        server, conids = world.server(), []
+
+        def call():
+            conids.append(world.ops.connect(*server.getsockname()))
+            peer = world.accept(server)
+            peer.sendall(b"hello")
+            rst(peer)
+            assert world.ops.tcp_conid_state(conids[0]) is State.ERROR
+        known = []
+        world.on_message = lambda msg: known.extend(
+            event.name for event in world.events)
+        world.ops.call_soon(call)
+        assert world.until(world.ends) is None and known == ["tcp:opened"]
+        assert world.messages[0].data == b"hello"
+        assert [e.reason for e in world.ends(conids[0])] == ["reset"]
+
+    def test_a_signal_handler_s_error_inside_a_framing(self, make_world,
+                                                       on_signal):
+        """It is no fault of the framing's, and ends nothing."""
+        class Alarmed(tcpops.LineFraming):
+            def receive(self, data):
+                super().receive(data)
+                signal.raise_signal(signal.SIGUSR1)
+        world = make_world(framing=Alarmed)
+        sock, conid = world.client()
+        on_signal(Alarms(OSError("an alarm")).method)
+        sock.sendall(b"x\n")
+        with pytest.raises(OSError, match="an alarm"):
+            world.until(lambda: world.messages)
+        on_signal(signal.SIG_IGN)
+        assert world.ops.tcp_conid_alive(conid) and not world.ends()
+        world.talk(sock, b"y\n")
+
     def test_another_loop_is_woken_afterwards_too(self, world):
         """It watches fileno(), whatever was closed behind our back."""
         ops = world.ops
@@ -6425,8 +6578,28 @@ class TestLoop:
             left.send(b"x")
             for _ in range(200):
                 timed.ops.step(5)
+            assert len(logged) == 1  # in the same second
+            timed.clock.advance(1)
+            assert right.recv(9) == b"x"
+            timed.settle()
+            left.send(b"x")
+            for _ in range(200):
+                timed.ops.step(5)
             assert len(logged) == 2
             timed.ops.dismiss(right)
+
+    def test_an_attended_socket_of_datagrams(self, world, logged):
+        """Each has the same size, and each is read."""
+        left, right = socket.socketpair(type=socket.SOCK_DGRAM)
+        got = []
+        with left, right:
+            left.send(b"one")
+            world.ops.attend(right, selectors.EVENT_READ, lambda mask: (
+                got.append(right.recv(9)), left.send(b"two")))
+            for _ in range(3 * tcpops._SPIN):
+                world.ops.step(5)
+            world.ops.dismiss(right)
+        assert len(got) == 3 * tcpops._SPIN and not logged
 
     @pytest.mark.parametrize("count", [1, 3])
     def test_an_attended_function_under_heavy_traffic(self, world, logged,
@@ -7666,7 +7839,7 @@ class TestTls:
                                                      monkeypatch, version):
         """PyPy's ssl has no name for it."""
         server, client = contexts(version)
-        monkeypatch.delattr(ssl, "OP_NO_RENEGOTIATION")
+        monkeypatch.delattr(ssl, "OP_NO_RENEGOTIATION", raising=False)
         world = make_world(tls=server)
         conid = world.ops.connect("127.0.0.1", world.port, tls=client)
         assert world.ops.send(conid, b"hello") is Result.SUCCESS
@@ -8796,7 +8969,7 @@ class TestWhatOperatorsAsk:
         for wrong in (plain, conid, 77, "1", None, True):
             with pytest.raises(ValueError, match="listener with TLS"):
                 world.ops.set_tls(wrong, server)
-        for wrong in (None, client, "context"):
+        for wrong in (None, ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), "no"):
             with pytest.raises(ValueError, match="tls must be"):
                 world.ops.set_tls(world.listener, wrong)
 
@@ -8886,6 +9059,27 @@ def not_listening(port):
 
 
 class TestCommandLine:
+    def test_lines_that_find_no_room_are_counted(self):
+        class Gate:
+            """A file whose reader comes late."""
+            opened, data = threading.Event(), b""
+
+            def write(self, data):
+                assert self.opened.wait(5)
+                self.data += data
+                return len(data)
+        gate = Gate()
+        out = tcpops._Output(types.SimpleNamespace(
+            encoding="ascii", buffer=types.SimpleNamespace(raw=gate)))
+        for number in range(tcpops._QUEUED + 10):
+            out.line(f"line {number}")
+        gate.opened.set()
+        out.finish(5)
+        *lines, last, empty = gate.data.decode().split("\n")
+        lost = int(re.match(r"\((\d+) lines are missing here", last)[1])
+        assert lines == [f"line {number}" for number in range(len(lines))]
+        assert len(lines) + lost == tcpops._QUEUED + 10 and not empty
+
     def test_a_session(self, cli):
         """nc, an RST, an idle hang: every line that is printed is true."""
         run = cli("--listen", 0, "--console", "--lifetime", "0.3")
@@ -9861,6 +10055,7 @@ class TestServeTls:
         (("--connect", "127.0.0.1:9", "--cafile", HERE / "README.md"), 1,
          "no certificate in it"),
         (("--listen", 0, "--tls"), 2, "are for --connect"),
+        (("--listen", "0,keyfile=x"), 2, "keyfile needs certfile"),
     ])
     def test_what_cannot_work(self, options, status, line):
         found, text = refused(*options, program=SERVE)
@@ -10211,7 +10406,7 @@ class TestServeControl:
             assert "whole number" in err  # also if it is not logged
             size = int(Path(f"/proc/{run.process.pid}/statm").read_text(
                 ).split()[1]) * os.sysconf("SC_PAGE_SIZE")
-            assert size < 60 << 20
+            assert size < (150 if PYPY else 60) << 20
             deaf.settimeout(10)
             assert b"list [FILTER" in deaf.recv(1 << 20)
             for _ in range(100):
@@ -10718,9 +10913,10 @@ class TestReadme:
         subprocess.run(command, shell=True, cwd=tmp_path, check=True,
                        capture_output=True)
         server = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        server.load_cert_chain(tmp_path / "cert.pem", tmp_path / "key.pem")
+        files = str(tmp_path / "cert.pem"), str(tmp_path / "key.pem")
+        server.load_cert_chain(*files)
         world = make_world(tls=server)
-        client = ssl.create_default_context(cafile=tmp_path / "cert.pem")
+        client = ssl.create_default_context(cafile=files[0])
         for host in ("localhost", "127.0.0.1"):
             world.ops.connect("127.0.0.1", world.port, tls=client,
                               server_hostname=host)

@@ -546,6 +546,11 @@ def parse(argv):
         parser.error("--keyfile needs --certfile")
     elif options.certfile and not options.listen:
         parser.error("--certfile is for --listen")
+    elif any(place.own.get("keyfile") and not (
+            place.own.get("certfile") or options.certfile)
+             for place in options.listen or ()):
+        # It would speak plain text where TLS was meant.
+        parser.error("--listen: keyfile needs certfile")
     elif (options.tls or options.cafile) and not options.connect:
         parser.error("--tls and --cafile are for --connect")
     if options.control and not hasattr(socket, "AF_UNIX"):
@@ -600,7 +605,8 @@ def server_context(certfile, keyfile):
         context.load_cert_chain(certfile, keyfile or None, no_password)
     except (OSError, ValueError) as error:
         files = " and ".join(filter(None, (certfile, keyfile)))
-        reason = ("a certificate and the key that fits it are needed, as PEM"
+        reason = ("a certificate and the key that fits it are needed, as PEM;"
+                  " a key in a file of its own is keyfile"
                   if isinstance(error, ssl.SSLError) else reason_of(error))
         raise Failure(f"cannot use {files}: {reason}") from None
     return context

@@ -264,6 +264,8 @@ def _number(value, name, low, high, whole=False):
     number = value
     if type(value) is int and low <= value <= high:
         return value
+    if isinstance(value, int) and value.bit_length() > 1000:
+        value = number = NEVER  # Python refuses to print so many digits
     if isinstance(value, str) and _NUMERAL.fullmatch(value):
         number = float(value) if "." in value else int(value)
     kind = numbers.Integral if whole else numbers.Real
@@ -3295,7 +3297,6 @@ class Loop(Routes):
         return True
 
     def _flush(self, conn, _mask=None):
-        """Send what is queued, as much as the kernel takes."""
         try:
             sent = conn.sock.send(conn.out, _NOSIGNAL)
         except OSError as error:
@@ -3518,10 +3519,8 @@ class Loop(Routes):
             self._expired(conn, "lifetime", f"idle for {conn.lifetime:g} s")
 
     def _expired(self, conn, reason, detail, number=None):
-        """End a connection for a deadline, unless its socket knows better.
-
-        Where reading was paused, a FIN or an RST may have come before.  And a
-        turn reads 64 kB at the most: there may be more of a message.
+        """End a connection for a deadline, unless its socket holds an earlier
+        FIN or RST (reading was paused), or more of a message than 64 kB.
         """
         if conn.phase in (Phase.OPENING, Phase.OPEN):
             state, unread = self._probe(conn)
@@ -3682,6 +3681,7 @@ class TcpOps(Loop):
         """Return the live connection of a conid, or raise ValueError."""
         conn = self._known(conid)
         if conn is None:
+            _number(conid, "conid", -sys.maxsize, sys.maxsize, whole=True)
             raise _ArgumentError(f"there is no connection {conid}")
         if conn.phase in _LIVE and not conn.forgotten:
             return conn
@@ -4246,7 +4246,6 @@ _OPTIONS = {
 
 
 def _parse(argv):
-    """Return the options, and the TcpOps that they ask for."""
     parser = argparse.ArgumentParser(
         prog=_NAME, formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Gives every TCP connection a number, the conid, and shows"

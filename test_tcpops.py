@@ -1283,6 +1283,19 @@ class TestSpec_3:
         assert world.ops.tcp_keepalive_enable(conid, 1, 2, 3) == -1
         assert len(logged) == 1 and "the system refuses" in logged[0]
 
+    @pytest.mark.parametrize("number", [10 ** 5000, -10 ** 5000],
+                             ids=["large", "negative"])
+    def test_a_number_that_python_does_not_print(self, world, logged, number):
+        _, conid = world.client()
+        ops, before = world.ops, world.ops.connection(conid)[12:13]
+        assert ops.tcp_set_connection_lifetime(conid, number) == -1
+        assert ops.tcp_set_connection_lifetime(number, 5) == -1
+        assert ops.tcp_keepalive_enable(conid, number, 1, 1) == -1
+        assert ops.tcp_close_connection(number) == -1
+        assert ops.send(number, b"x") == -1 and len(logged) == 5
+        assert ops.tcp_conid_state(number) is State.NOT_FOUND
+        assert ops.connection(conid)[12:13] == before
+
     def test_at_the_wrong_time_it_is_minus_1(self, world, logged):
         """Forward while the loop is drained, and when it is closed."""
         sock, conid = world.client()

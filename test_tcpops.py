@@ -9075,11 +9075,13 @@ class TestCommandLine:
     def test_lines_that_find_no_room_are_counted(self):
         class Gate:
             """A file whose reader comes late."""
-            opened, data = threading.Event(), b""
+            opened, told, data = threading.Event(), threading.Event(), b""
 
             def write(self, data):
                 assert self.opened.wait(5)
                 self.data += data
+                if b"missing" in data:
+                    self.told.set()
                 return len(data)
         gate = Gate()
         out = tcpops._Output(types.SimpleNamespace(
@@ -9087,6 +9089,7 @@ class TestCommandLine:
         for number in range(tcpops._QUEUED + 10):
             out.line(f"line {number}")
         gate.opened.set()
+        assert gate.told.wait(5)  # without another line, and before the end
         out.finish(5)
         *lines, last, empty = gate.data.decode().split("\n")
         lost = int(re.match(r"\((\d+) lines are missing here", last)[1])

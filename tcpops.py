@@ -44,6 +44,9 @@ The file reads from top to bottom; nothing is used above its definition:
    15  The functions of the specification
    16  The command line
 
+SIP, WebSocket, TLS and the command line can be cut out of the file, alone or
+together; the rest works on.  examples/cut.py does it.
+
 "Spec" in a docstring names the section of the TCP Ops module's documentation.
 
 Not here: a SIP stack (transactions, dialogs), WebSocket extensions, UDP, name
@@ -57,8 +60,6 @@ Copyright (c) 2026, the tcpops authors.  BSD-2-Clause: see the end of the file.
 # 1. Imports and public names
 # ---------------------------------------------------------------------------
 
-import binascii
-import codecs
 import collections
 import contextlib
 import enum
@@ -86,8 +87,8 @@ __version__ = "0.9.0"
 __all__ = [
     "State", "Result", "Event", "EVENT_NAMES", "REASONS", "parse_address",
     "Keepalive", "probe", "Message", "TextMessage", "ProtocolError", "SKIPPED",
-    "Framing", "RawFraming", "LineFraming", "SipMessage", "SipFraming",
-    "WebSocketFraming", "ConnectionInfo", "TcpOps", "main",
+    "Framing", "RawFraming", "LineFraming", "FRAMINGS", "ConnectionInfo",
+    "TcpOps",
 ]
 
 log = logging.getLogger("tcpops")
@@ -921,19 +922,12 @@ class LineFraming(Framing):
         """Return payload, with a LF added unless it ends with one."""
         return payload if payload.endswith(b"\n") else payload + b"\n"
 
-# ---------------------------------------------------------------------------
-# 8. SIP over a stream
-#
-# Not a SIP stack: where a message ends (RFC 3261, 18.3), and access to its
-# headers.  A start line must name SIP and is not judged otherwise, so that a
-# request which no one understands does not cost the ones behind it.
-# ---------------------------------------------------------------------------
 
 _FOLD = re.compile(rb"\r\n[ \t]+")
 
 
 def _parse_head(head):
-    """Return (start line, [(name, value), ...]) of a SIP or HTTP head.
+    """Return (first line, [(name, value), ...]) of a head, as HTTP has one.
 
     Values are unfolded, names in lower case, bytes that are not UTF-8 become
     U+FFFD, and a line without a colon is left out.
@@ -950,6 +944,22 @@ def _check_printable(buffer, protocol):
         hint = " (TLS on a port without it?)" if buffer[0] == 0x16 else ""
         raise ProtocolError(f"this is not {protocol}{hint}")
 
+
+#: The framings by name; add yours.  "raw" has none: a message is one recv().
+FRAMINGS = {"raw": None, "line": LineFraming}
+#: The framings that go around another one, by name.
+_LAYERS = {}
+
+# A section that enters itself into one of these is named nowhere else, and
+# brings its own imports and public names: it can be cut out of the file.
+
+# ---------------------------------------------------------------------------
+# 8. SIP over a stream
+#
+# Not a SIP stack: where a message ends (RFC 3261, 18.3), and access to its
+# headers.  A start line must name SIP and is not judged otherwise, so that a
+# request which no one understands does not cost the ones behind it.
+# ---------------------------------------------------------------------------
 
 #: The compact names of RFC 3261, 7.3.3, and those registered since.
 _COMPACT = {
@@ -1103,6 +1113,10 @@ class SipFraming(Framing):
         """Return payload, a whole SIP message, as it is."""
         return payload
 
+
+FRAMINGS["sip"] = SipFraming
+__all__ += ["SipMessage", "SipFraming"]
+
 # ---------------------------------------------------------------------------
 # 9. WebSocket
 #
@@ -1111,6 +1125,9 @@ class SipFraming(Framing):
 # be too long, are refused at their first wrong byte.  A client masks its
 # frames, a server does not.  No extensions: every reserved bit is wrong.
 # ---------------------------------------------------------------------------
+
+import binascii
+import codecs
 
 _CONTINUED, _TEXT, _BINARY = 0x0, 0x1, 0x2
 _CLOSE, _PING, _PONG = 0x8, 0x9, 0xA
@@ -1157,7 +1174,7 @@ class WebSocketFraming(Framing):
     """Both sides of a WebSocket.  A subclass may ask for or grant more.
 
     msg.text is a text message's string, msg.data the bytes of any message.
-    With the subprotocol "sip" (RFC 7118) messages are SipMessages.
+    With the subprotocol "sip" (RFC 7118) messages are those of SIP's framing.
     """
 
     proto = "ws"
@@ -1166,7 +1183,8 @@ class WebSocketFraming(Framing):
     path = "/"                #: what a client asks for, a server is asked for
     headers = ()              #: (name, value) pairs that come along with that
     offers = ()               #: the subprotocols that a client offers
-    subprotocols = ("sip",)   #: those that a server speaks
+    #: Those that a server speaks.
+    subprotocols = ("sip",) if "sip" in FRAMINGS else ()
 
     def __init__(self, max_message, client):
         super().__init__(max_message, client)
@@ -1290,7 +1308,8 @@ class WebSocketFraming(Framing):
     def _agree(self, subprotocol):
         self.subprotocol = subprotocol
         if subprotocol == "sip":
-            self.message = SipMessage
+            self.message = getattr(FRAMINGS.get("sip"), "message",
+                                   self.message)
 
     def _check_answer(self, start, headers):
         """Check a server's half of the handshake.  RFC 6455, 4.1."""
@@ -1503,6 +1522,10 @@ class WebSocketFraming(Framing):
         self.output.clear()
         return data
 
+
+FRAMINGS["ws"] = WebSocketFraming
+__all__ += ["WebSocketFraming"]
+
 # ---------------------------------------------------------------------------
 # 10. TLS
 #
@@ -1520,6 +1543,21 @@ _LONGEST_RECORD = 16384  #: bytes of plain text in a TLS record
 
 class TlsFraming(Framing):
     """TLS around a framing.  See the tls argument of listen and connect."""
+
+    @staticmethod
+    def check_context(context, client):
+        """Raise ValueError for a context that does not fit this side."""
+        import ssl  # only a program that uses TLS pays for it
+        if not isinstance(context, ssl.SSLContext):
+            raise ValueError("tls must be an ssl.SSLContext,"
+                             f" not {reprlib.repr(context)}")
+        if context.protocol == (ssl.PROTOCOL_TLS_SERVER if client
+                                else ssl.PROTOCOL_TLS_CLIENT):
+            raise ValueError("tls must be a context for "
+                             + ("clients" if client else "servers"))
+        # Gone in TLS 1.3, for good reasons: while the peer has one under way
+        # nothing can be sent, and nothing says until when.
+        context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0)  # PyPy: none
 
     def __init__(self, context, server_hostname, inner):
         import ssl  # only a program that uses TLS pays for it
@@ -1669,13 +1707,12 @@ class TlsFraming(Framing):
                 self.tls.unwrap()
         return self._flush()
 
+
+_LAYERS["tls"] = TlsFraming
+
 # ---------------------------------------------------------------------------
 # 11. A connection
 # ---------------------------------------------------------------------------
-
-#: The framings by name; "raw" has none: what recv() returns is the message.
-_FRAMINGS = {"raw": None, "line": LineFraming, "sip": SipFraming,
-             "ws": WebSocketFraming}
 
 
 class Stack(NamedTuple):
@@ -1691,39 +1728,27 @@ class Stack(NamedTuple):
     @classmethod
     def of(cls, framing, tls=None, server_hostname=None, address=None):
         """Check the arguments of listen, connect and attach."""
-        if isinstance(framing, str) and framing in _FRAMINGS:
-            name, factory = framing, _FRAMINGS[framing]
+        if isinstance(framing, str) and framing in FRAMINGS:
+            name, factory = framing, FRAMINGS[framing]
         elif callable(framing) and (not isinstance(framing, type)
                                     or issubclass(framing, Framing)):
             name, factory = getattr(framing, "__name__", "custom"), framing
         else:
             raise ValueError(
-                f"framing must be {', '.join(_FRAMINGS)}, a subclass of"
-                " Framing or a function that returns an instance, not"
-                f" {reprlib.repr(framing)}")
+                f"framing must be {', '.join(FRAMINGS)} (all that this copy"
+                " of the file has), a subclass of Framing or a function that"
+                f" returns an instance, not {reprlib.repr(framing)}")
         if tls is not None:
-            cls._check_context(tls, client=address is not None)
+            if "tls" not in _LAYERS:
+                raise ValueError("there is no TLS: its section was cut out of"
+                                 " this copy of the file")
+            _LAYERS["tls"].check_context(tls, client=address is not None)
             if address is not None and server_hostname is None:
                 server_hostname = address[0]
         elif server_hostname is not None:
             raise ValueError("server_hostname is for TLS")
         host = "" if address is None else _format_address(address)
         return cls(name, factory, tls, server_hostname, host)
-
-    @staticmethod
-    def _check_context(context, client):
-        """Raise ValueError for what cannot be the tls of this side."""
-        import ssl  # only a program that uses TLS pays for it
-        if not isinstance(context, ssl.SSLContext):
-            raise ValueError("tls must be an ssl.SSLContext,"
-                             f" not {reprlib.repr(context)}")
-        if context.protocol == (ssl.PROTOCOL_TLS_SERVER if client
-                                else ssl.PROTOCOL_TLS_CLIENT):
-            raise ValueError("tls must be a context for "
-                             + ("clients" if client else "servers"))
-        # Gone in TLS 1.3, for good reasons: while the peer has one under way
-        # nothing can be sent, and nothing says until when.
-        context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0)  # PyPy: none
 
     def build(self, max_message, client):
         """Return an instance for one connection, None for raw."""
@@ -1735,7 +1760,7 @@ class Stack(NamedTuple):
                             f" not {reprlib.repr(inner)}")
         if self.context is None:
             return inner
-        return TlsFraming(self.context, self.server_hostname, inner)
+        return _LAYERS["tls"](self.context, self.server_hostname, inner)
 
 
 class Phase:
@@ -2289,7 +2314,7 @@ class Loop(Routes):
                backlog=socket.SOMAXCONN, reuse_port=False):
         """Accept connections; return the listener's conid.
 
-        framing is "raw", "line", "sip", "ws" or a subclass of Framing, tls an
+        framing is a name in FRAMINGS or a subclass of Framing, tls an
         ssl.SSLContext for servers, with its certificate.  host is an address
         or a name ("" for every IPv4 address), port 0 lets the system choose:
         connection(conid).Rp says what it chose.  "::" is every IPv6 address
@@ -2331,7 +2356,7 @@ class Loop(Routes):
         if conn is None or conn.origin != "listen" or not conn.stack.context:
             raise ValueError("set_tls takes the conid of a listener with TLS,"
                              f" not {reprlib.repr(listener)}")
-        Stack._check_context(context, client=False)
+        _LAYERS["tls"].check_context(context, client=False)
         conn.stack = conn.stack._replace(context=context)
 
     def connect(self, host, port, *, framing="raw", tls=None,
@@ -3900,6 +3925,7 @@ import queue
 import select
 import threading
 
+__all__ += ["main"]
 _NAME = os.path.basename(sys.argv[0]) or "tcpops.py"
 _HELP = r"""commands:
 tcp_conid_alive CONID                          1: it is usable, -1: it is not
@@ -4225,9 +4251,9 @@ _OPTIONS = {
         " may be given again"),
     "--connect": dict(metavar="HOST:PORT", action="append", type=_address,
                       help="connect; may be given again"),
-    "--framing": dict(choices=("raw", "line", "sip", "ws"), default="raw",
-                      help="what a message is: what was received at once (raw,"
-                      " the default), a line, a SIP or a WebSocket message"),
+    "--framing": dict(choices=list(FRAMINGS), default="raw",
+                      help="a message is all that was received at once (raw,"
+                      " the default), a line, or that protocol's message"),
     "--lifetime": dict(metavar="S", type=float, default=120,
                        help="seconds of idleness allowed (default 120)"),
     "--keepalive": dict(metavar="IDLE,COUNT,INTERVAL", type=_keepalive,

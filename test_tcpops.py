@@ -8,6 +8,9 @@ test is marked real_time and is short.
     pytest                        everything
     pytest -k test_3_3            one section of the specification
     pytest -m "not real_time"     without those that wait
+
+A test that needs a section which examples/cut.py can cut out is marked with
+its name there: sip, ws, tls or cli.
 """
 
 import ast
@@ -62,6 +65,8 @@ LINUX = sys.platform.startswith("linux")
 PYPY = sys.implementation.name == "pypy"
 TCP_FUNCTIONS = [name for name in vars(tcpops.TcpOps) if name[:4] == "tcp_"]
 real_time = pytest.mark.real_time
+needs_sip, needs_ws = pytest.mark.sip, pytest.mark.ws
+needs_tls, needs_cli = pytest.mark.tls, pytest.mark.cli
 
 
 # -- tools --------------------------------------------------------------------
@@ -84,6 +89,18 @@ def resolves(name):
 
 needs_localhost = pytest.mark.skipif(
     not resolves("localhost"), reason="this machine knows no localhost")
+
+#: What framings, transports and examples need.
+NEEDS = {"sip": [needs_sip], "ws": [needs_ws], "tls": [needs_tls],
+         "wss": [needs_ws, needs_tls], "find_by_address": [needs_localhost],
+         "from_kamailio": [needs_sip], "sip_server": [needs_sip],
+         "tls_echo": [needs_tls], "ws_chat": [needs_ws]}
+
+
+def marked(*params):
+    """Return the parameters, each marked with what it needs."""
+    return [pytest.param(param, marks=NEEDS.get(param, ()))
+            for param in params]
 
 
 @functools.lru_cache(None)
@@ -524,6 +541,7 @@ class TestVendored:
 
     @pytest.mark.parametrize("python", ["folder", "zip"], indirect=True)
     @pytest.mark.parametrize("flags", [[], ["-OO"]], ids=" ".join)
+    @needs_cli
     def test_the_command(self, python, flags):
         command = [*flags, "-m", "app.vendor.conids"]
         assert python(*command, "--version") == (
@@ -2060,6 +2078,7 @@ class TestSpec_3_6:
 class TestLaterReleases:
     """tcp_close_connection, tcp_get_conid, tcp_con_alive, the otcpid pair."""
 
+    @needs_tls
     def test_forward_to_sips(self, make_world, logged):
         """Never without TLS."""
         server, client = contexts()
@@ -2344,6 +2363,8 @@ class TestLaterReleases:
         (";transport=WS", "ws"), (";tr%61nsport=wss;lr", "wss"),
         (";transport=udp", None), (";transport=sctp", None),
         (";transport=x", None), (";maddr=127.0.0.1", None)])
+    @needs_ws
+    @needs_tls
     def test_a_uri_s_transport_chooses_among_connections(self, world, logged,
                                                          rest, proto):
         ops, address = world.ops, world.server().getsockname()
@@ -2402,6 +2423,7 @@ class TestLaterReleases:
         with pytest.raises(BlockingIOError):
             other.recv(9)
 
+    @needs_tls
     def test_a_uri_that_asks_for_tls_gets_it(self, make_world, logged):
         server, client = contexts()
         world = make_world(tls=server)
@@ -3527,6 +3549,7 @@ SUBJECT:  folded
 RINGING = sip("SIP/2.0 180 Ringing all the time\nl : 0", length=False)
 
 
+@needs_sip
 class TestSip:
     """Section 8 of the file; RFC 3261, 18.3; RFC 5626, 3.5.1."""
 
@@ -3776,6 +3799,7 @@ def violation(framing, *chunks):
     return int.from_bytes(payload[:2], "big"), str(caught.value)
 
 
+@needs_ws
 class TestWebSocket:
     """Section 9 of the file; RFC 6455."""
 
@@ -5008,8 +5032,8 @@ class TestListenAndConnect:
     @pytest.mark.parametrize("hosts", [
         ["127.0.0.1"], ["255.255.255.255"], ["127.0.0.77", "127.0.0.1"]],
         ids=["refused", "at once", "both"])
-    @pytest.mark.parametrize("framing", [
-        "raw", "line", "sip", "ws", Netstring, Greeting, Leftover])
+    @pytest.mark.parametrize("framing", marked(
+        "raw", "line", "sip", "ws", Netstring, Greeting, Leftover))
     def test_a_refused_connect_was_never_open(self, world, monkeypatch,
                                               framing, hosts, before):
         port = free_port()
@@ -5032,10 +5056,11 @@ class TestListenAndConnect:
     @pytest.mark.parametrize("framing, said, heard", [
         ("raw", b"hi", [b"hi"]),
         ("line", b"one\ntwo\nhal", [b"one", b"two"]),
-        ("sip", lambda: OPTIONS, lambda: [OPTIONS]),
         (Greeting, b"hi;2:ok,1:", [b"ok"]),
-        ("ws", b"HTTP/1.1 101 Switch", None),
-        ("tls", b"\x16\x03\x03", None)])
+        pytest.param("sip", lambda: OPTIONS, lambda: [OPTIONS],
+                     marks=needs_sip),
+        pytest.param("ws", b"HTTP/1.1 101 Switch", None, marks=needs_ws),
+        pytest.param("tls", b"\x16\x03\x03", None, marks=needs_tls)])
     def test_an_early_rst_is_told_with_all_before_it(self, world, framing,
                                                      said, heard, probing):
         """Also where we have something to say first."""
@@ -5063,7 +5088,7 @@ class TestListenAndConnect:
         "127.0.0.1 ", "local host", "127.0.0.1\t", "\x7f", "\xe9" * 80])
     def test_what_is_no_host_name_raises(self, world, logged, host):
         for method in (world.ops.listen, world.ops.connect):
-            for framing in ("raw", "ws"):
+            for framing in tcpops.FRAMINGS:
                 with pytest.raises(ValueError, match="not a host name"):
                     method(host, world.port, framing=framing)
         assert len(world.ops.listeners()) == 1
@@ -5073,7 +5098,7 @@ class TestListenAndConnect:
         assert world.ops.tcp_get_conid(f"{host}:{world.port}") == -1
         assert len(logged) == 2
 
-    @pytest.mark.parametrize("framing", ["raw", "line", "ws", Greeting])
+    @pytest.mark.parametrize("framing", marked("raw", "line", "ws", Greeting))
     @pytest.mark.parametrize("before", ["nothing", "send", "state"])
     @pytest.mark.parametrize("family, host", [
         (socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")])
@@ -7330,6 +7355,7 @@ VERSIONS = [version for version in (
     ssl.TLSVersion.TLSv1_3) if getattr(ssl, f"HAS_{version.name}")]
 
 
+@needs_tls
 class TestTls:
     """Section 10 of the file."""
 
@@ -7543,7 +7569,7 @@ class TestTls:
         assert peer.rest() == (frame(10, b"ping", mask=None)
                                + frame(8, b"\x03\xe9", mask=None), True)
 
-    @pytest.mark.parametrize("framing", ["raw", "ws"])
+    @pytest.mark.parametrize("framing", marked("raw", "ws"))
     def test_messages_before_a_bad_record(self, secure, logged, framing):
         """OpenSSL has given up by then: they are delivered, replies refused.
         """
@@ -7885,7 +7911,7 @@ def transport(make_world):
 class TestTransports:
     """What the specification names answers the same over all of them."""
 
-    @pytest.mark.parametrize("proto", TRANSPORTS)
+    @pytest.mark.parametrize("proto", marked(*TRANSPORTS))
     def test_3_states_keepalive_and_lifetime(self, transport, clock, proto):
         world, peer, conid = transport(proto, clock=clock, closed_event=2)
         ops = world.ops
@@ -7923,7 +7949,7 @@ class TestTransports:
 
     @pytest.mark.parametrize("probed", [False, True], ids=["", "probed"])
     @pytest.mark.parametrize("way, condition", CONDITIONS)
-    @pytest.mark.parametrize("proto", TRANSPORTS[1:])
+    @pytest.mark.parametrize("proto", marked(*TRANSPORTS[1:]))
     def test_4_1_death(self, transport, clock, proto, way, condition, probed):
         world, peer, conid = transport(proto, clock=clock, max_write_buffer=1)
         world.clock = clock
@@ -7936,6 +7962,8 @@ class TestTransports:
     @real_time
     @pytest.mark.parametrize("flight", ["idle", "in flight"])
     @as_root(why_nobody_vanishes)
+    @needs_ws
+    @needs_tls
     def test_3_3_vanished(self, transport, flight):
         """All at once, since they take seconds."""
         dying = []
@@ -7960,7 +7988,7 @@ class TestTransports:
             assert (event.name, event.reason) == (TIMEOUT, "keepalive")
             assert event.errno == errno.ETIMEDOUT
 
-    @pytest.mark.parametrize("proto", TRANSPORTS)
+    @pytest.mark.parametrize("proto", marked(*TRANSPORTS))
     def test_a_slow_reader_after_its_fin(self, transport, proto):
         """It gets its whole answer, and over TLS learns that it is whole."""
         world, peer, conid = transport(proto)
@@ -8475,7 +8503,8 @@ class TestScale:
             assert len(outcomes) == 1
 
     @pytest.mark.parametrize("seed", SEEDS)
-    @pytest.mark.parametrize("kind", ["sip", "ws", "handshake"])
+    @pytest.mark.parametrize("kind", [*marked("sip", "ws"), pytest.param(
+        "handshake", marks=needs_ws)])
     def test_layers_and_random_bytes(self, kind, seed):
         """Good messages with wrong bytes among them: wherever the stream is
         cut, the same messages and the same verdict; nothing else is raised.
@@ -8524,13 +8553,13 @@ class TestScale:
         assert verdicts == {False, True}
 
     @pytest.mark.parametrize("seed", SEEDS)
-    @pytest.mark.parametrize("kind", ["sip", "ws", "raw"])
+    @pytest.mark.parametrize("kind", marked("sip", "ws", "raw"))
+    @needs_tls
     def test_random_bytes_over_tls(self, kind, seed):
         """The framing within sees the same, however the records are cut."""
         choose = random.Random(seed)
         server, client = contexts()
-        framing = {"sip": tcpops.SipFraming, "ws": tcpops.WebSocketFraming,
-                   "raw": tcpops.RawFraming}[kind]
+        framing = tcpops.FRAMINGS[kind] or tcpops.RawFraming
         one = tcpops.TlsFraming(client, "localhost",
                                 tcpops.RawFraming(100000, True))
         other = tcpops.TlsFraming(server, None, framing(100000, False))
@@ -8875,7 +8904,7 @@ class TestFaults:
         assert done.stdout.split()[-1] == "lives"
 
 
-# -- section 13 of the file: the command line ---------------------------------
+# -- the command line ---------------------------------------------------------
 
 
 class TestWhatOperatorsAsk:
@@ -8954,6 +8983,7 @@ class TestWhatOperatorsAsk:
         world.until(lambda: world.events)
         assert world.ops.connection(conid).queued == 0
 
+    @needs_tls
     def test_set_tls(self, make_world):
         """The old context serves who came before, the new one the others."""
         old, client = contexts()
@@ -8974,6 +9004,7 @@ class TestWhatOperatorsAsk:
         info = world.ops.connection(world.messages[-1].conid)
         assert info.listener == world.listener
 
+    @needs_tls
     def test_set_tls_of_the_wrong_kind(self, make_world):
         server, client = contexts()
         world = make_world(tls=server)
@@ -9071,6 +9102,7 @@ def not_listening(port):
         raise AssertionError("it listens on")
 
 
+@needs_cli
 class TestCommandLine:
     def test_lines_that_find_no_room_are_counted(self):
         class Gate:
@@ -9461,8 +9493,8 @@ class TestCommandLine:
             usage = re.sub(r"[][,]", "", getattr(tcpops.TcpOps, name).takes)
             assert f"{name} {usage.upper()}" in helped
 
-    def test_section_16_needs_public_names_only(self):
-        at = SOURCE.index("# 16. The command line")
+    def test_it_needs_public_names_only(self):
+        at = SOURCE.index(". The command line\n")
         above = {name for node in ast.parse(SOURCE[:at]).body
                  for name in [getattr(node, "name", ""), *(
                      target.id for target in getattr(node, "targets", ())
@@ -9472,7 +9504,7 @@ class TestCommandLine:
                    for name in vars(cls) if re.match("_[a-z]", name)}
         for node in ast.walk(ast.parse(SOURCE[at:])):
             if isinstance(node, ast.Name):
-                assert node.id not in private - {"__version__"}
+                assert node.id not in private - {"__version__", "__all__"}
             elif isinstance(node, ast.Attribute) and not (
                     isinstance(node.value, ast.Name)
                     and node.value.id == "self"):
@@ -9751,7 +9783,7 @@ class TestServeShows:
         (["--listen", "99999"], 2, "no such port: 99999"),
         (["--listen", "0,frame=x"], 2, "no such option: frame"),
         (["--listen", "0,tls=yes"], 2, "no such option: tls"),
-        (["--listen", "0,framing=x"], 2, "framing is raw, line, sip or ws"),
+        (["--listen", "0,framing=x"], 2, "framing is one of raw, line"),
         (["--listen", "0,lifetime=x"], 2, "no number of seconds: 'x'"),
         (["--listen", "0,keepalive=1"], 2, "it takes three numbers"),
         (["--listen", "0,echo=maybe"], 2, "yes or no is wanted"),
@@ -9790,6 +9822,7 @@ class TestServeShows:
                      "drain SECONDS", "SIGHUP is reload", "Exit status:"):
             assert word in done.stdout
 
+    @needs_tls
     def test_listeners_that_differ(self, serve, tmp_path):
         run = serve("--listen", "0,framing=sip", "--listen",
                     f"0,framing=line,certfile={CERTIFICATE},lifetime=77",
@@ -9868,6 +9901,7 @@ class TestServeRoutes:
             status, _, err = run.end()
         assert (status, err) == (0, "")
 
+    @needs_sip
     def test_every_kind_of_handler(self, serve, tmp_path):
         path = tmp_path / "kinds.py"
         path.write_text(
@@ -9973,6 +10007,7 @@ jd4yyw7mvYaAKioj/asCkf5sgjjCQxqtGOk+1MwAUtXhwjuxvjMFlnDy2GXWyIzp
 """
 
 
+@needs_tls
 class TestServeTls:
     """--certfile and its like, and reload."""
 
@@ -10007,6 +10042,7 @@ class TestServeTls:
         status, _, err = client.end()
         assert status == 1 and "no connection was made" in err
 
+    @needs_ws
     def test_websocket(self, serve, tmp_path):
         server = serve("--listen", 0, "--framing", "ws", "--echo")
         port = server.port()
@@ -10180,6 +10216,7 @@ class TestServeControl:
         for (command, says), (answer,) in zip(self.WRONG, found):
             assert answer["result"] == -1 and says in answer["error"], command
 
+    @needs_tls
     def test_filters(self, serve, tmp_path):
         path = tmp_path / "control"
         run = serve("--listen", "0", "--listen", "127.0.0.2:0", "--listen",
@@ -10823,6 +10860,7 @@ class TestReadme:
                     "anybody"} & set(words)
 
     @real_time
+    @needs_cli
     def test_the_transcript(self):
         """Typed at a terminal, with a peer that resets and one that
         vanishes.
@@ -10926,6 +10964,7 @@ class TestReadme:
             until(lambda: not opens)  # no timer is left
 
     @needs("openssl")
+    @needs_tls
     def test_a_certificate_in_one_line(self, make_world, tmp_path):
         command, = (code for code in blocks("sh") if "openssl" in code)
         subprocess.run(command, shell=True, cwd=tmp_path, check=True,
@@ -11027,10 +11066,14 @@ class TestReadme:
             for link in re.findall(r"\]\((?!http)([^)]+)\)", text):
                 assert (folder / link).exists(), link
 
+    @needs_sip
+    @needs_ws
     def test_the_default_framings(self):
         rows = table("| framing | a message is | sending |")
-        assert [row[0].strip('`"') for row in rows] == list(tcpops._FRAMINGS)
+        assert [row[0].strip('`"') for row in rows] == list(tcpops.FRAMINGS)
 
+    @needs_ws
+    @needs_tls
     def test_tls(self, make_world, monkeypatch):
         monkeypatch.chdir(HERE)
         world = make_world()
@@ -11041,17 +11084,14 @@ class TestReadme:
 
 
 class TestExamples:
-    @pytest.mark.parametrize("name", [
-        pytest.param(path.name, marks=needs_localhost)
-        if path.name == "find_by_address.py" else path.name
-        for path in sorted((HERE / "examples").glob("*.py"))
-        if path.name not in ("bench.py", "conformance.py", "serve.py",
-                             "vanish.py")])
+    @pytest.mark.parametrize("name", marked(*sorted(
+        {path.stem for path in (HERE / "examples").glob("*.py")}
+        - {"bench", "conformance", "cut", "serve", "vanish"})))
     def test_an_example_prints_what_it_says(self, name, tmp_path):
-        path = HERE / "examples" / name
+        path = HERE / "examples" / f"{name}.py"
         text = path.read_text(encoding="utf-8")
         assert text.count("\n") < (250 if "--listen" in text else
-                                     180 if name == "from_kamailio.py" else
+                                     180 if name == "from_kamailio" else
                                      50)
         doc = ast.get_docstring(ast.parse(text))
         said = re.search(r"Prints:\n(.*)", doc, re.S)[1]
@@ -11082,8 +11122,8 @@ class TestExamples:
                                text=True, timeout=60)
         assert wrong.returncode == 2 and "--only knows echo" in wrong.stderr
 
-    @pytest.mark.parametrize("name", ["echo", "sip_server", "tls_echo",
-                                      "ws_chat"])
+    @pytest.mark.parametrize("name", marked("echo", "sip_server", "tls_echo",
+                                            "ws_chat"))
     def test_a_server_stays_up(self, name):
         with serving(name) as address, socket.create_connection(
                 address, 5) as sock:
@@ -11101,6 +11141,7 @@ class TestExamples:
     @needs("sipp")
     @pytest.mark.parametrize("transport", ["t1", "tn"],
                              ids=["one connection", "one per call"])
+    @needs_sip
     def test_sipp(self, descriptors, transport, tmp_path):
         """OPTIONS, and calls from a caller to a callee, none failed."""
         scenario = tmp_path / "options.xml"
@@ -11214,6 +11255,7 @@ def tested():
         yield serve
 
 
+@needs_sip
 class TestConformance:
     """The suite that puts tcpops beside the original, and that it can fail."""
 

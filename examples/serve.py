@@ -394,8 +394,9 @@ def yes_or_no(text):
 
 
 def framing(text):
-    if text not in ("raw", "line", "sip", "ws"):
-        raise ValueError(f"framing is raw, line, sip or ws, not {text!r}")
+    if text not in tcpops.FRAMINGS:
+        raise ValueError(f"framing is one of {', '.join(tcpops.FRAMINGS)},"
+                         f" not {text!r}")
     return text
 
 
@@ -473,7 +474,8 @@ OPTIONS = {
         type=functools.partial(place, 1, ("certfile", "keyfile")),
         help="connect; may be given again"),
     "--framing": dict(
-        type=for_argparse(framing), default="raw", metavar="raw|line|sip|ws",
+        type=for_argparse(framing), default="raw",
+        metavar="|".join(tcpops.FRAMINGS),
         help="what a message is: what was received at once (raw, the default),"
         " a line, a SIP message, or that of a WebSocket (ws)"),
     "--certfile": dict(

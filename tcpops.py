@@ -45,7 +45,7 @@ The file reads from top to bottom; nothing is used above its definition:
    16  The command line
 
 SIP, WebSocket, TLS and the command line can be cut out of the file, alone or
-together; the rest works on.  examples/cut.py does it.
+together, by examples/cut.py; the rest still works.
 
 "Spec" in a docstring names the section of the TCP Ops module's documentation.
 

@@ -15,14 +15,18 @@ its name there: sip, ws, tls or cli.
 
 import ast
 import asyncio
+import builtins
 import contextlib
 import ctypes
+import dis
 import errno
 import fnmatch
 import fractions
 import functools
 import gc
 import importlib.util
+import inspect
+import itertools
 import json
 import logging
 import math
@@ -547,6 +551,174 @@ class TestVendored:
         assert python(*command, "--version") == (
             f"tcpops {tcpops.__version__}\n")
         assert "--listen" in python(*command, "--help")
+
+
+# -- the file with sections cut out -------------------------------------------
+
+
+def cut(*leaves):
+    """Return what examples/cut.py prints."""
+    done = subprocess.run(
+        [sys.executable, str(HERE / "examples" / "cut.py"), *leaves],
+        cwd=tempfile.gettempdir(), capture_output=True, text=True, timeout=30)
+    assert (done.stderr, done.returncode) == ("", 0)
+    return done.stdout
+
+
+def names_of(code):
+    """Yield the global names that the functions of a code object use."""
+    for inner in filter(inspect.iscode, code.co_consts):
+        yield from names_of(inner)
+        for step in dis.get_instructions(inner):
+            if step.opname == "LOAD_GLOBAL":
+                yield step.argval
+
+
+def echoed(module, framing, payload, tls=(None, None)):
+    """Send a payload from a client to a server; return what comes back."""
+    came, ends = [], []
+
+    def on_message(msg):
+        if ops.connection(msg.conid).origin == "accept":
+            msg.reply(msg.payload)
+        else:
+            came.append(msg.payload)
+
+    def until(condition):
+        end = time.monotonic() + 5
+        while not condition():
+            assert time.monotonic() < end, "it did not come about"
+            ops.step(0.5)
+    with module.TcpOps() as ops:
+        ops.request_route(on_message)
+        ops.event_route("tcp:closed")(ends.append)
+        listener = ops.listen("127.0.0.1", 0, framing=framing, tls=tls[0])
+        conid = ops.connect("localhost", ops.connection(listener).Rp,
+                            framing=framing, tls=tls[1])
+        assert ops.send(conid, payload) == 1
+        until(lambda: came)
+        assert ops.tcp_close_connection(conid) == 1
+        until(lambda: len(ends) == 2)
+    assert {event.reason for event in ends} == {"closed", "eof"}
+    return came[0]
+
+
+@pytest.fixture(scope="module")
+def without(tmp_path_factory):
+    """Return a maker of modules without some leaves."""
+    folder, made = tmp_path_factory.mktemp("cut"), {}
+
+    def make(*leaves):
+        name = "without_" + "_".join(leaves)
+        if name not in made:
+            (folder / f"{name}.py").write_text(cut(*leaves), encoding="utf-8")
+            made[name] = importlib.import_module(name)
+        return made[name]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        yield make
+    for name in made:
+        del sys.modules[name]
+
+
+@needs_sip
+@needs_ws
+@needs_tls
+@needs_cli
+class TestCut:
+    """Any of the four leaves can be taken out of the file."""
+
+    LEAVES = {"sip": ["SipMessage", "SipFraming"], "ws": ["WebSocketFraming"],
+              "tls": ["TlsFraming"], "cli": ["main"]}
+    SUBSETS = [*itertools.chain.from_iterable(
+        map(itertools.combinations, [LEAVES] * 4, (1, 2, 3, 4)))]
+
+    @pytest.mark.parametrize("leaves", SUBSETS, ids=" ".join)
+    def test_it_is_a_whole_file(self, without, leaves):
+        """With its names and imports, its map and the licence, no more."""
+        module = without(*leaves)
+        source = Path(module.__file__).read_text(encoding="utf-8")
+        space = {}
+        exec(f"from {module.__name__} import *", space)
+        assert set(module.__all__) == set(space) - {"__builtins__"}
+        for leaf, names in self.LEAVES.items():
+            for name in names:
+                assert hasattr(module, name) == (leaf not in leaves)
+        defined = {*vars(module), *dir(builtins)}
+        assert set(names_of(compile(source, "", "exec"))) <= defined
+        tree = ast.parse(source)
+        used = {node.id for node in ast.walk(tree)
+                if isinstance(node, ast.Name)}
+        for node in tree.body:
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                assert {alias.name for alias in node.names} <= used
+        promised = re.findall(r"^ +(\d+)  (.+)$", module.__doc__, re.M)
+        assert promised == TestShape.BANNER.findall(source)
+        assert len(promised) + len(leaves) == len(
+            TestShape.BANNER.findall(SOURCE))
+        assert source.endswith(SOURCE[SOURCE.index("# The licence, "):])
+
+    @pytest.mark.parametrize("leaves", SUBSETS, ids=" ".join)
+    def test_what_is_left_works(self, without, leaves):
+        module = without(*leaves)
+        with_tls = [] if "tls" in leaves else [contexts()]
+        assert {"raw", "line", "sip", "ws"} - set(leaves) == {
+            *module.FRAMINGS}
+        for framing in module.FRAMINGS:
+            payload = OPTIONS if framing == "sip" else b"hello"
+            for tls in ((None, None), *with_tls):
+                assert echoed(module, framing, payload, tls) == payload
+        if "cli" not in leaves:
+            assert module.main(["--version"]) == 0
+
+    @pytest.mark.parametrize("leaves", SUBSETS, ids=" ".join)
+    def test_what_is_cut_is_a_value_error(self, without, leaves, capsys):
+        module = without(*leaves)
+        with module.TcpOps() as ops:
+            for leaf in {"sip", "ws"} & set(leaves):
+                for call in (ops.listen, ops.connect):
+                    with pytest.raises(ValueError, match=rf"framing must be"
+                                       rf" raw, line.*, not '{leaf}'"):
+                        call("127.0.0.1", 0, framing=leaf)
+                if "cli" not in leaves:
+                    assert module.main(["--listen", "--framing", leaf]) == 2
+                    assert f"choice: '{leaf}'" in capsys.readouterr().err
+            if "tls" in leaves:
+                for call, tls in zip((ops.listen, ops.connect), contexts()):
+                    with pytest.raises(ValueError, match="TLS.* was cut out"):
+                        call("127.0.0.1", 0, tls=tls)
+            assert not ops.listeners() and not ops.connections()
+
+    def test_sip_over_a_websocket_without_sip(self, without):
+        """It is not granted, unless the program says that it speaks it."""
+        module = without("sip")
+        for granted in ((), ("sip",)):
+            framing = module.WebSocketFraming(100, False)
+            framing.subprotocols = granted or framing.subprotocols
+            framing.receive(HELLO[:-2] + b"Sec-WebSocket-Protocol: sip"
+                            b"\r\n\r\n")
+            assert framing.next_message() is module.SKIPPED and framing.opened
+            assert framing.subprotocol == (granted[0] if granted else None)
+            assert framing.message is module.TextMessage
+
+    def test_the_shortest_file(self):
+        assert cut(*self.LEAVES).count("\n") <= 3350
+
+    def test_the_order_does_not_matter(self):
+        assert cut("sip", "cli") == cut("cli", "sip", "cli")
+
+    @pytest.mark.parametrize("leaves, says", [
+        (["nonsense"], "'nonsense'"), (["sip", "websocket"], "'websocket'"),
+        ([], "required")])
+    def test_what_cannot_be_cut_is_one_line(self, leaves, says):
+        status, line = refused(*leaves, program="examples/cut.py")
+        assert status == 2 and line.startswith("cut.py: ") and says in line
+
+    def test_a_reader_of_the_first_lines(self):
+        done = subprocess.run(
+            ["sh", "-c", '"$0" examples/cut.py tls | true', sys.executable],
+            cwd=HERE, capture_output=True, text=True, timeout=30)
+        assert done.stderr == ""
 
 
 # -- the words: codes, events -------------------------------------------------
@@ -3063,6 +3235,21 @@ class TestFramings:
             with pytest.raises(ValueError, match="framing must be raw, line"):
                 call("127.0.0.1", 0, framing=framing)
 
+    def test_a_framing_of_one_s_own_by_name(self, make_world, monkeypatch):
+        monkeypatch.setitem(tcpops.FRAMINGS, "netstring", Netstring)
+        world = make_world(framing="netstring")
+        sock, conid = world.client()
+        assert world.talk(sock, b"5:hello,").data == b"hello"
+        assert world.ops.connection(conid).framing == "netstring"
+
+    def test_without_the_section_on_tls(self, world, monkeypatch):
+        """No connection is made that only looks like one with TLS."""
+        monkeypatch.setattr(tcpops, "_LAYERS", {})
+        for call, tls in zip((world.ops.listen, world.ops.connect),
+                             contexts()):
+            with pytest.raises(ValueError, match="TLS.* was cut out"):
+                call("127.0.0.1", 0, tls=tls)
+
     def test_many_messages_at_once_leave_room_for_others(self, make_world):
         """A turn's share is a few messages of one connection."""
         world = make_world(framing="line")
@@ -3993,6 +4180,7 @@ class TestWebSocket:
         world.until(world.ends)
         assert b"400 Bad Request" in sock.recv(9999)
 
+    @needs_sip
     @pytest.mark.parametrize("offer, agreed", [
         (b"sip", "sip"), (b"chat, sip", "sip"), (b"chat", None),
         (b"chat\r\nSec-WebSocket-Protocol: sip", "sip")])
@@ -4005,6 +4193,7 @@ class TestWebSocket:
         assert (line in framing.output) == (agreed == "sip")
         assert (framing.message is tcpops.SipMessage) == (agreed == "sip")
 
+    @needs_sip
     def test_sip_over_websocket(self, make_world):
         """RFC 7118: each message is a SIP message."""
         world = make_world(framing="ws")
@@ -4302,6 +4491,7 @@ class TestWebSocket:
         world.until(world.ends)
         assert world.ends()[0][2:5] == ("eof", None, detail)
 
+    @needs_sip
     @pytest.mark.skipif(not shutil.which("chromium"),
                         reason="there is no chromium (apt-get install it)")
     def test_a_browser(self, make_world, tmp_path):
@@ -7559,6 +7749,7 @@ class TestTls:
         assert event.reason == reason and detail in event.detail
         assert world.events == [event] and not logged
 
+    @needs_ws
     def test_a_close_frame_within(self, transport):
         """It ends the stream as close_notify would; ours answers it."""
         world, peer, conid = transport("wss")
@@ -7652,6 +7843,7 @@ class TestTls:
         assert isinstance(msg.framing, tcpops.RawFraming)
 
     @pytest.mark.parametrize("web", [False, True])
+    @needs_ws
     def test_whose_handshake_is_not_complete(self, secure, clock, web):
         world = secure(clock=clock, framing="ws")
         if web:
@@ -7820,7 +8012,7 @@ class TestTls:
     def test_random_bytes(self, secure, seed, logged):
         """Whatever comes, and wherever it breaks: one event, no traceback."""
         choose = random.Random(seed)
-        framing = choose.choice(["raw", "line", "sip", "ws"])
+        framing = choose.choice([*tcpops.FRAMINGS])
         world = secure(framing=framing)
         before = len(os.listdir("/proc/self/fd"))
         for n in range(40):
@@ -9269,6 +9461,7 @@ class TestCommandLine:
             run.process.wait(10)
         run.process.stdout = None
 
+    @needs_ws
     def test_letters_that_the_encoding_lacks(self, cli):
         """They are escaped, and cut no connection."""
         server = cli("--listen", 0, "--framing", "ws", "--echo", "--console",
@@ -9494,7 +9687,7 @@ class TestCommandLine:
             assert f"{name} {usage.upper()}" in helped
 
     def test_it_needs_public_names_only(self):
-        at = SOURCE.index(". The command line\n")
+        at = re.search(r"^# \d+\. The command line$", SOURCE, re.M).start()
         above = {name for node in ast.parse(SOURCE[:at]).body
                  for name in [getattr(node, "name", ""), *(
                      target.id for target in getattr(node, "targets", ())
@@ -9822,6 +10015,7 @@ class TestServeShows:
                      "drain SECONDS", "SIGHUP is reload", "Exit status:"):
             assert word in done.stdout
 
+    @needs_sip
     @needs_tls
     def test_listeners_that_differ(self, serve, tmp_path):
         run = serve("--listen", "0,framing=sip", "--listen",
@@ -11017,7 +11211,6 @@ class TestReadme:
         assert public - described <= named
 
     def test_the_settings(self):
-        import inspect
         wanted = {
             name: parameter.default for name, parameter in
             inspect.signature(tcpops.TcpOps).parameters.items()}

@@ -37,12 +37,17 @@ The file reads from top to bottom; nothing is used above its definition:
     8  SIP over a stream
     9  WebSocket
    10  TLS
-   11  A connection
+   11  The life of a connection
    12  The table of connections
-   13  Routes
-   14  The loop
-   15  The functions of the specification
-   16  The command line
+   13  Handlers
+   14  The reactor
+   15  The plan of a connection
+   16  A connection
+   17  A listener
+   18  Questions
+   19  The functions of the specification
+   20  TcpOps
+   21  The command line
 
 SIP, WebSocket, TLS and the command line can be cut out of the file, alone or
 together, by examples/cut.py; the rest still works.
@@ -62,6 +67,7 @@ Copyright (c) 2026, the tcpops authors.  BSD-2-Clause: see the end of the file.
 
 import collections
 import contextlib
+import copy
 import enum
 import errno
 import functools
@@ -79,16 +85,17 @@ import socket
 import struct
 import sys
 import time
+import types
 import weakref
-from typing import NamedTuple, Optional
+from typing import Callable, NamedTuple, Optional
 
 __version__ = "0.9.0"
 
 __all__ = [
     "State", "Result", "Event", "EVENT_NAMES", "REASONS", "parse_address",
     "Keepalive", "probe", "Message", "TextMessage", "ProtocolError", "SKIPPED",
-    "Framing", "RawFraming", "LineFraming", "FRAMINGS", "ConnectionInfo",
-    "TcpOps",
+    "Framing", "RawFraming", "LineFraming", "FRAMINGS", "LIFE", "NOT_READING",
+    "DEADLINES", "ConnectionInfo", "TcpOps",
 ]
 
 log = logging.getLogger("tcpops")
@@ -142,24 +149,37 @@ class State(_Code):
 
 _OK, _EOF = State.OK, State.EOF
 
-#: The routes of event_route().  The specification knows the first (4.1); its
-#: newer releases split resets and timeouts off; "tcp:opened" is ours.
-EVENT_NAMES = ("tcp:closed", "tcp:reset", "tcp:timeout", "tcp:opened")
+#: The events, and whether each reports an end.  The specification knows the
+#: first (4.1); its newer releases split resets and timeouts off; "tcp:opened"
+#: is ours.
+_EVENTS = {"tcp:closed": True, "tcp:reset": True, "tcp:timeout": True,
+           "tcp:opened": False}
+EVENT_NAMES = tuple(_EVENTS)
 
-#: Why a connection ended, and which event tells it.  README shows this table.
-REASONS = {
-    "eof": "tcp:closed",         # FIN from the peer
-    "closed": "tcp:closed",      # tcp_close_connection
-    "protocol": "tcp:closed",    # what came cannot be parsed, or is too long
-    "error": "tcp:closed",       # any other error of the socket
-    "shutdown": "tcp:closed",    # the loop was closed or drained
-    "reset": "tcp:reset",        # RST from the peer, or connect refused
-    "keepalive": "tcp:timeout",  # the peer vanished
-    "lifetime": "tcp:timeout",   # idle for longer than its lifetime
-    "connect": "tcp:timeout",    # no answer to connect, or no way there
-    "send": "tcp:timeout",       # what is queued makes no progress
-    "message": "tcp:timeout",    # a message begun is not complete
+
+class Reason(NamedTuple):
+    """What follows from why a connection has ended."""
+
+    event: str    #: the event that reports it
+    state: State  #: what tcp_conid_state answers in the event's handler
+    detail: str   #: the event's detail, unless the end has a better one
+
+
+_REASONS = {
+    "eof": Reason("tcp:closed", State.EOF, "FIN from the peer"),
+    "closed": Reason("tcp:closed", State.NOT_FOUND, "closed by conid"),
+    "protocol": Reason("tcp:closed", State.ERROR, "not the protocol"),
+    "error": Reason("tcp:closed", State.ERROR, "an error of the socket"),
+    "shutdown": Reason("tcp:closed", State.NOT_FOUND, "the loop was closed"),
+    "reset": Reason("tcp:reset", State.ERROR, "RST from the peer"),
+    "keepalive": Reason("tcp:timeout", State.ERROR, "the peer vanished"),
+    "lifetime": Reason("tcp:timeout", State.ERROR, "idle for too long"),
+    "connect": Reason("tcp:timeout", State.ERROR, "no way to the peer"),
+    "send": Reason("tcp:timeout", State.ERROR, "the queue stands still"),
+    "message": Reason("tcp:timeout", State.ERROR, "a message incomplete"),
 }
+#: Why a connection ended, and which event reports it.  README has this table.
+REASONS = {reason: row.event for reason, row in _REASONS.items()}
 
 # An errno means one thing while connecting and another thing afterwards.
 # ECONNREFUSED on an established connection is a stored ICMP error that the
@@ -182,11 +202,16 @@ _CONNECTED_REASON = {
 
 
 class Cause(NamedTuple):
-    """The first terminal cause of a connection: latched, never replaced."""
+    """Why one connection ends."""
 
     reason: str
     errno: Optional[int]
     detail: str
+
+    @classmethod
+    def of(cls, reason):
+        """Return the cause that needs no words beyond its reason."""
+        return cls(reason, None, _REASONS[reason].detail)
 
     @classmethod
     def of_errno(cls, number, connecting=False):
@@ -195,23 +220,21 @@ class Cause(NamedTuple):
         reason = table.get(number, "error")
         if reason == "eof":
             # The same end as a FIN that recv() shows, so the same answer.
-            return cls("eof", None, "FIN from the peer")
+            return cls.of("eof")
         return cls(reason, number, os.strerror(number))
 
     @property
     def state(self):
-        """What tcp_conid_state says of a connection that has this cause."""
-        if self.reason in ("closed", "shutdown"):
-            return State.NOT_FOUND
-        return State.EOF if self.reason == "eof" else State.ERROR
+        """What tcp_conid_state answers for a connection that it ends."""
+        return _REASONS[self.reason].state
 
 
 class Event(NamedTuple):
-    """What an event route is called with.  Spec: 4.1.
+    """The argument of an event's handler.  Spec: 4.1.
 
     si, sp are the peer's address and port, Ri, Rp ours (Kamailio's $si, $sp,
-    $Ri and $Rp).  The socket is closed by the time an end is told: the fields
-    are all there is.
+    $Ri and $Rp).  The socket is closed by the time an end is reported: the
+    fields are all there is.
     """
 
     conid: int
@@ -232,13 +255,18 @@ class Event(NamedTuple):
     listener: Optional[int]     #: conid of the listener that accepted it
     opened: bool            #: whether it has been usable
 
+    @property
+    def is_end(self):
+        """Whether it reports the end of its connection."""
+        return _EVENTS[self.name]
+
 # ---------------------------------------------------------------------------
 # 3. What callers pass
 #
 # Two languages meet in this file.  Listening, connecting and settings speak
 # Python: a wrong value raises.  The functions of the specification speak the
 # script language: a wrong value is one log line and -1.  Both check with what
-# stands here, which always raises _ArgumentError; section 15 is the only place
+# stands here, which always raises _ArgumentError; section 19 is the only place
 # that turns it into a return code, and takes no other ValueError for one.
 # ---------------------------------------------------------------------------
 
@@ -281,6 +309,13 @@ def _number(value, name, low, high, whole=False):
     return number if isinstance(number, int) else float(number)
 
 
+def _checked(name, check, doc):
+    """Return a property that keeps a value once it has passed a check."""
+    return property(lambda self: getattr(self, name),
+                    lambda self, value: setattr(self, name, check(value)),
+                    doc=doc)
+
+
 def _arguments(takes, names, given, named):
     """Sort a function's arguments; "[conid]" in takes may be left out."""
     if (takes[0] == "[" and "conid" not in named
@@ -304,6 +339,14 @@ def _function(function):
         raise TypeError(
             f"a plain function is needed, not {reprlib.repr(function)}")
     return function
+
+
+def _callback(function):
+    """Return a function or None, or raise ValueError or TypeError."""
+    if function is not None and not callable(function):
+        raise ValueError("event_callback must be callable or None,"
+                         f" not {reprlib.repr(function)}")
+    return function and _function(function)
 
 
 def _payload(payload):
@@ -465,34 +508,34 @@ def _system_error(error):
 class Deadlines:
     """A heap of deadlines, one live entry for each owner.
 
-    An owner has a conid, which breaks ties, and wake, the time of its live
-    entry or NEVER.  Only this class sets wake.
+    An owner has a conid, which breaks ties, and fires_at, the time of its live
+    entry or NEVER.  Only this class sets that.
     """
 
     def __init__(self):
         self._heap = []  # of (when, conid, owner)
-        self._live = 0   # how many owners have a wake
+        self._armed = 0   # owners that have a live entry
 
     def arm(self, owner, when):
         """Make sure the owner fires no later than `when`."""
-        if when < owner.wake:
-            if owner.wake == NEVER:
-                self._live += 1
-            owner.wake = when
+        if when < owner.fires_at:
+            if owner.fires_at == NEVER:
+                self._armed += 1
+            owner.fires_at = when
             heapq.heappush(self._heap, (when, owner.conid, owner))
             self._prune()
 
     def disarm(self, owner):
         """Forget the owner's entry."""
-        if owner.wake != NEVER:
-            owner.wake = NEVER
-            self._live -= 1
+        if owner.fires_at != NEVER:
+            owner.fires_at = NEVER
+            self._armed -= 1
             self._prune()
 
     def next(self):
         """Return the time of the earliest live entry, NEVER if none."""
         heap = self._heap
-        while heap and heap[0][0] != heap[0][2].wake:
+        while heap and heap[0][0] != heap[0][2].fires_at:
             heapq.heappop(heap)
         return heap[0][0] if heap else NEVER
 
@@ -501,8 +544,8 @@ class Deadlines:
         if self.next() > now:
             return None
         owner = heapq.heappop(self._heap)[2]
-        owner.wake = NEVER
-        self._live -= 1
+        owner.fires_at = NEVER
+        self._armed -= 1
         return owner
 
     def _prune(self):
@@ -510,9 +553,9 @@ class Deadlines:
         # Linear, but only after as many pushes or ends as there are entries.
         # A set: an owner armed again for the time of its own stale entry
         # would otherwise have two live ones.
-        if len(self._heap) > 2 * self._live + 8 or not self._live:
+        if len(self._heap) > 2 * self._armed + 8 or not self._armed:
             self._heap = list({entry for entry in self._heap
-                               if entry[0] == entry[2].wake})
+                               if entry[0] == entry[2].fires_at})
             heapq.heapify(self._heap)
 
 # ---------------------------------------------------------------------------
@@ -737,26 +780,28 @@ def probe(sock):
 class Message:
     """The argument of a handler of request_route or onreply_route."""
 
-    __slots__ = ("_loop", "_conn", "data")
+    __slots__ = ("_conn", "data")
 
     #: The string of a WebSocket's text message, None for bytes.
     text = None
 
-    def __init__(self, loop, conn, data):
-        self._loop = loop
+    def __init__(self, conn, data):
         self._conn = conn
         self.data = data  #: the payload, bytes
 
     @property
     def framing(self):
         """The connection's Framing, None for raw."""
-        layer = self._conn.layer
-        return getattr(layer, "inner", layer)
+        messages = self._conn.messages
+        framing = None if messages is None else messages.framing
+        return getattr(framing, "inner", framing)
 
     @property
     def tls(self):
         """The SSLObject, for getpeercert() and so on; None without TLS."""
-        return getattr(self._conn.layer, "tls", None)
+        messages = self._conn.messages
+        return None if messages is None else getattr(
+            messages.framing, "tls", None)
 
     #: The connection that the message came on; see Event for the names.
     conid = property(lambda self: self._conn.conid)
@@ -773,7 +818,7 @@ class Message:
         Plain bytes do not show it: they count as a reply on a connection that
         we opened.  A framing that knows better has a subclass of Message.
         """
-        return self._conn.origin == "connect"
+        return self._conn.plan.origin == "connect"
 
     @property
     def payload(self):
@@ -782,7 +827,7 @@ class Message:
 
     def reply(self, payload):
         """Send payload on the message's connection, as TcpOps.send does."""
-        return self._loop._send_on(self._conn, payload)
+        return self._conn.send(payload)
 
     def __repr__(self):
         return (f"<{type(self).__name__} conid {self.conid}:"
@@ -794,10 +839,10 @@ class TextMessage(Message):
 
     __slots__ = ("text",)
 
-    def __init__(self, loop, conn, payload):
+    def __init__(self, conn, payload):
         text = isinstance(payload, str)
         self.text = payload if text else None
-        super().__init__(loop, conn, payload.encode() if text else payload)
+        super().__init__(conn, payload.encode() if text else payload)
 
 
 class ProtocolError(Exception):
@@ -1711,202 +1756,185 @@ class TlsFraming(Framing):
 _LAYERS["tls"] = TlsFraming
 
 # ---------------------------------------------------------------------------
-# 11. A connection
+# 11. The life of a connection
+#
+# The state machine, as data: the phases and what each allows (LIFE), the kinds
+# of deadline (DEADLINES), and why a connection is not read (NOT_READING), for
+# the peer's silence is ours then.  Connection.enter is the only way from phase
+# to phase, and raises for a step that is not in LIFE.  The next deadline, the
+# one that fires and those of a snapshot all come from deadlines().
 # ---------------------------------------------------------------------------
 
 
-class Stack(NamedTuple):
-    """What is between a connection's bytes and its messages."""
+class Phase(NamedTuple):
+    """A row of LIFE.  Each phase is entered at most once."""
 
-    name: str            #: of the framing
-    factory: object      #: of the framing, None: raw
-    context: object      #: an ssl.SSLContext, None: no TLS
-    server_hostname: Optional[str]
-    host: str            #: what connect was told, "host:port"
-    listener: Optional[int] = None  #: the conid of the one whose stack it is
-
-    @classmethod
-    def of(cls, framing, tls=None, server_hostname=None, address=None):
-        """Check the arguments of listen, connect and attach."""
-        if isinstance(framing, str) and framing in FRAMINGS:
-            name, factory = framing, FRAMINGS[framing]
-        elif callable(framing) and (not isinstance(framing, type)
-                                    or issubclass(framing, Framing)):
-            name, factory = getattr(framing, "__name__", "custom"), framing
-        else:
-            raise ValueError(
-                f"framing must be {', '.join(FRAMINGS)} (all that this copy"
-                " of the file has), a subclass of Framing or a function that"
-                f" returns an instance, not {reprlib.repr(framing)}")
-        if tls is not None:
-            if "tls" not in _LAYERS:
-                raise ValueError("there is no TLS: its section was cut out of"
-                                 " this copy of the file")
-            _LAYERS["tls"].check_context(tls, client=address is not None)
-            if address is not None and server_hostname is None:
-                server_hostname = address[0]
-        elif server_hostname is not None:
-            raise ValueError("server_hostname is for TLS")
-        host = "" if address is None else _format_address(address)
-        return cls(name, factory, tls, server_hostname, host)
-
-    def build(self, max_message, client):
-        """Return an instance for one connection, None for raw."""
-        if self.context is None and self.factory is None:
-            return None
-        inner = (self.factory or RawFraming)(max_message, client)
-        if not isinstance(inner, Framing):
-            raise TypeError(f"{self.name} must return a Framing,"
-                            f" not {reprlib.repr(inner)}")
-        if self.context is None:
-            return inner
-        return _LAYERS["tls"](self.context, self.server_hostname, inner)
+    name: str
+    sends: bool     #: send() takes payloads
+    reads: bool     #: its socket is read
+    delivers: bool  #: bytes of the peer become messages
+    found: bool     #: it is found by its peer's address
+    next: tuple     #: names of the phases that may follow
 
 
-class Phase:
-    """Where a connection is in its life; each is entered at most once.
+#: The phases by name.  README draws this table.
+LIFE = types.MappingProxyType({
+    name: Phase(name, *map(bool, columns), tuple(after.split()))
+    for name, *columns, after in (
+        # phase         sends reads delivers found  may be followed by
+        ("new",          0, 0, 0, 0, "connecting handshake open ended"),
+        ("connecting",   1, 0, 0, 1, "handshake open ended"),
+        ("handshake",    1, 1, 1, 1, "open sending_rest reading_rest ended"),
+        ("open",         1, 1, 1, 1, "sending_rest reading_rest ended"),
+        # Ended for the program; its queue and its farewell are sent.
+        ("sending_rest", 0, 0, 0, 0, "ended"),
+        # Its socket is dead; the bytes that it holds become messages.
+        ("reading_rest", 0, 0, 1, 0, "ended"),
+        ("ended",        0, 0, 0, 0, ""))})
+(_NEW, _CONNECTING, _HANDSHAKE, _OPEN, _SENDING_REST, _READING_REST,
+ _ENDED) = LIFE.values()
 
-    Not an enum: to name a member of one takes as long as a call, on the
-    versions of Python before 3.12, and each message does it several times.
-    """
-
-    LISTENING = "listening"    # a listener; never anything else
-    CONNECTING = "connecting"  # connect() is under way
-    OPENING = "opening"        # the framing's handshake is under way
-    OPEN = "open"              # usable
-    FAILED = "failed"          # connect() has failed: there is no rest
-    DOOMED = "doomed"          # its socket is dead; the rest is delivered
-    CLOSING = "closing"        # it ends as soon as what is queued is sent
-    ENDED = "ended"            # its socket is closed, its event maybe queued
-
-
-#: The phases in which a connection can be told things, and can send.
-_LIVE = (Phase.OPEN, Phase.OPENING, Phase.CONNECTING)
-#: The phases in which we read, or accept.
-_READING = (Phase.OPEN, Phase.OPENING, Phase.LISTENING)
-#: The phases in which messages are handed over.
-_RECEIVING = (Phase.OPEN, Phase.OPENING, Phase.DOOMED)
-
-
-class Connection:
-    """What the loop knows of a connection or a listener; it alone writes here.
-
-    No __dict__, since there may be tens of thousands of them.
-    """
-
-    __slots__ = (
-        "conid", "proto", "peer", "local", "origin", "phase", "ready", "cause",
-        "forgotten", "sock", "events", "stack", "layer", "message", "waiting",
-        "out", "bytes_in", "bytes_out", "wants_event", "since", "active",
-        "lifetime", "work_due", "send_due", "keepalive_due", "keepalive",
-        "suspected", "soft_error", "wake", "candidates", "early",
-        "early_bytes", "opened")
-
-    def __init__(self, origin, stack, lifetime, now):
-        self.conid = None           # see Table.add
-        self.proto = "tcp"
-        self.peer = self.local = ("", 0)
-        self.origin = origin        # "listen", "accept", "connect", "attach"
-        self.phase = self.ready = self.cause = None
-        self.forgotten = False      # tcp_close_connection returned 1
-        self.sock = None
-        self.events = 0             # what is selected
-        self.stack = stack
-        self.layer = None           # the framing's instance; None: raw
-        self.message = Message
-        self.waiting = False        # messages wait for the next turn
-        self.out = None             # a bytearray, None if empty
-        self.bytes_in = self.bytes_out = 0
-        self.wants_event = False    # tcp_enable_closed_event
-        self.since = now
-        # The lifetime is an idle lifetime of what is open; before that the
-        # connect and message timeouts count.
-        self.active = NEVER
-        self.lifetime = lifetime
-        self.work_due = self.send_due = self.keepalive_due = NEVER
-        self.keepalive = None
-        self.suspected = NEVER      # since when: see is_dead
-        self.soft_error = None      # an ICMP error that a probe met
-        self.wake = NEVER           # see Deadlines
-        self.candidates = ()        # addresses that connect() may try
-        self.early = ()             # payloads sent before it is open
-        self.early_bytes = 0
-        self.opened = False         # it has been usable
-
-    def due(self):
-        """Return the earliest of its deadlines."""
-        return min(self.active + self.lifetime, self.work_due, self.send_due,
-                   self.keepalive_due)
-
-    def facts(self):
-        """Return the last fields of snapshots and events."""
-        return (len(self.out or ()) + self.early_bytes, self.origin,
-                self.stack.listener if self.origin == "accept" else None,
-                self.opened)
+#: Why a connection is not read, and the deadlines that wait until it is.
+NOT_READING = types.MappingProxyType({
+    "queue": ("message",),                 # its queue is over the limit
+    "messages": ("message", "lifetime"),   # its messages fill a turn's share
+    "rest": ("message", "lifetime"),       # its descriptor rests
+})
 
 
-class ConnectionInfo(NamedTuple):
-    """A snapshot of a connection, see TcpOps.connection.
+class Deadline(NamedTuple):
+    """A row of DEADLINES.  Its functions take a connection."""
 
-    Times are in seconds; deadline is a time of the loop's clock (that of
-    time.monotonic unless another one was given), None if there is none.
-    """
+    time: Callable      #: (conn) -> when it fires, or NEVER
+    reason: str         #: of the end
+    errno: Optional[int]
+    #: (conn, now) -> detail of the end; None: it was put off after all.
+    detail: Callable
 
-    conid: int
-    proto: str
-    si: str                 #: the peer's address and port
-    sp: int
-    Ri: str                 #: our address and port
-    Rp: int
-    framing: str
-    state: State
-    age: float              #: since the conid was handed out
-    idle: float             #: since the last byte in either direction
-    lifetime: float
-    deadline: Optional[float]       #: when something of it comes up next
-    keepalive: Optional[Keepalive]  #: as the kernel has it, None if off
-    bytes_in: int
-    bytes_out: int
-    queued: int             #: bytes of our queue
-    origin: str             #: "accept", "connect", "attach" or "listen"
-    listener: Optional[int]         #: conid of the listener that accepted it
-    opened: bool            #: whether it has been usable
+
+#: Seconds between two looks at a peer that is suspected to have vanished.
+_LOOK_AGAIN = 0.25
+
+
+def _of_opening(conn, phase):
+    return conn.opening.deadline if conn.phase is phase else NEVER
+
+
+def _incomplete(conn, what):
+    return (f"{what} not complete after"
+            f" {conn.plan.settings.message_timeout:g} s")
+
+
+def _vanished(conn, now):
+    """Ask the kernel whether the peer has vanished; if not, put it off."""
+    keepalive = conn.keepalive
+    suspected = now - conn.suspected >= keepalive.interval
+    info = tcp_info(conn.sock)
+    if info is None:  # the kernel's own keepalive decides
+        conn.keepalive_deadline = NEVER
+    elif conn.phase is _CONNECTING:
+        conn.keepalive_deadline = now + keepalive.limit
+    elif is_dead(info, keepalive.limit, suspected):
+        return f"silent for {info.silence:.1f} s"
+    elif info.silence < keepalive.limit:
+        conn.suspected, conn.icmp = NEVER, None
+        conn.keepalive_deadline = now + keepalive.limit - info.silence
+    else:
+        # One transmission is unanswered: the next is not far.
+        asked = info.unanswered > 0
+        conn.suspected = min(conn.suspected, now) if asked else NEVER
+        conn.keepalive_deadline = now + (_LOOK_AGAIN if asked
+                                         else keepalive.interval)
+    return None
+
+
+#: The kinds of deadline.  Of several that have come the earliest fires.
+DEADLINES = types.MappingProxyType({
+    "connect": Deadline(
+        lambda conn: _of_opening(conn, _CONNECTING), "connect",
+        errno.ETIMEDOUT, lambda conn, now:
+        f"no answer in {conn.plan.settings.connect_timeout:g} s"),
+    "handshake": Deadline(
+        lambda conn: _of_opening(conn, _HANDSHAKE), "message", None,
+        lambda conn, now: _incomplete(conn, conn.messages.framing.handshake)),
+    "message": Deadline(
+        lambda conn: (conn.messages.deadline if conn.phase is _OPEN
+                      and conn.messages is not None else NEVER),
+        "message", None, lambda conn, now: _incomplete(conn, "message")),
+    "send": Deadline(
+        lambda conn: conn.send_deadline, "send", None, lambda conn, now:
+        f"{len(conn.queue)} bytes unsent after"
+        f" {conn.plan.settings.send_timeout:g} s"),
+    "keepalive": Deadline(
+        lambda conn: conn.keepalive_deadline, "keepalive", errno.ETIMEDOUT,
+        _vanished),
+    "lifetime": Deadline(
+        lambda conn: (NEVER if conn.phase is _HANDSHAKE
+                      else conn.renewed + conn.lifetime),
+        "lifetime", None, lambda conn, now: f"idle for {conn.lifetime:g} s"),
+})
+
+
+def deadlines(conn):
+    """Return {kind: time} of the deadlines that a connection has."""
+    if conn.phase is _READING_REST or conn.phase is _ENDED:
+        return {}
+    waiting = {kind for why in conn.not_reading() for kind in NOT_READING[why]}
+    times = {kind: row.time(conn) for kind, row in DEADLINES.items()
+             if kind not in waiting}
+    return {kind: time for kind, time in times.items() if time != NEVER}
 
 # ---------------------------------------------------------------------------
 # 12. The table of connections
+#
+# Conids count up and are never used twice.  A connection that has ended stays
+# until its event has been reported: in the handler its state is known.
 # ---------------------------------------------------------------------------
 
 
 class Table:
-    """The connections by conid and by the peer's address.
+    """The connections by conid and by their peer's address; the listeners.
 
-    Conids count up and are never used twice.  A connection that has ended
-    stays until its event has been told: in the handler its state is known.
+    It also counts them, and says whether there is room for another one.
     """
 
-    def __init__(self):
+    def __init__(self, limit):
+        self.limit = limit       #: connections that may have a socket
+        self.connections = {}    #: by conid
+        self.listeners = {}      #: by conid
+        self.crowded = []        #: listeners that rest for want of room
+        self.sockets = 0         #: connections that have a socket
+        self.begun = 0           #: connections that got a conid
+        self.refused = 0         #: accepts for which there was no room
+        self.ended = dict.fromkeys(REASONS, 0)
+        self.bytes_in = self.bytes_out = 0  #: of ended connections
         self._conids = itertools.count(1)
-        self._by_conid = {}
-        #: get(conid) returns the connection of a conid, or None.
-        self.get = self._by_conid.get
         # (host, port): the connection; a dict by conid if there are several,
         # as with many connections of ours to one server.
         self._by_peer = {}
 
-    def __len__(self):
-        return len(self._by_conid)
+    def get(self, conid):
+        """Return the connection or listener of a conid, or None."""
+        return self.connections.get(conid) or self.listeners.get(conid)
 
-    def __iter__(self):
-        return iter(list(self._by_conid.values()))
+    full = property(lambda self: self.sockets >= self.limit,
+                    doc="Whether another connection would be one too many.")
 
-    def add(self, conn):
-        """Give a connection a conid that has never been used."""
-        conn.conid = next(self._conids)
-        self._by_conid[conn.conid] = conn
+    def add(self, owner, owners):
+        """Give a conid that has never been used to one of the owners."""
+        owner.conid = next(self._conids)
+        owners[owner.conid] = owner
+
+    def count_end(self, conn):
+        """Note that a connection has ended, and why."""
+        self.sockets -= 1
+        self.ended[conn.cause.reason] += 1
+        self.bytes_in += conn.bytes_in
+        self.bytes_out += conn.bytes_out
 
     def remove(self, conn):
         """Forget a connection, for ever."""
-        self._by_conid.pop(conn.conid, None)  # None: in a child, after fork
+        self.connections.pop(conn.conid, None)  # None: in a child, after fork
 
     def add_peer(self, conn):
         """Make a connection known by its peer's address."""
@@ -1930,47 +1958,53 @@ class Table:
         if not isinstance(held, dict):
             held = {held.conid: held}
         return next((conn for conn in reversed(held.values())
-                     if protos is None or conn.proto in protos), None)
+                     if not conn.failed
+                     and (protos is None or conn.proto in protos)), None)
 
 # ---------------------------------------------------------------------------
-# 13. Routes
+# 13. Handlers
+#
+# The program's functions, and the only place that calls them.  A handler never
+# runs inside another: what ends meanwhile queues its event, which is reported
+# when the handler has returned.  What a handler raises is logged and changes
+# nothing else.
 # ---------------------------------------------------------------------------
 
 
-class Routes:
-    """The program's handlers, and the decorators that register them.
+def _take(queue):
+    """Take out what a queue holds now: new work of a handler's waits."""
+    for _ in range(len(queue)):
+        if not queue:
+            return  # pragma: no cover (in a child, after fork(), tested too)
+        yield queue.popleft()
 
-    Each returns the function unchanged; a second handler replaces the first.
+
+class Handlers:
+    """The handlers, the queue of events, and which of them runs.
+
+    Each decorator returns the function unchanged; a second handler replaces
+    the first.
     """
 
-    def __init__(self, closed_event, event_callback):
-        self._request = self._onreply = None
-        self._events = {}
+    def __init__(self, table, closed_event=1, event_callback=None):
+        self._table = table
         self.closed_event = closed_event
         self.event_callback = event_callback
+        self._request = self._onreply = None
+        self._routes = {}        # handlers by the event's name
+        self.events = collections.deque()  #: of (connection, Event), queued
+        self.current = None      #: the connection of the handler that runs
+        self.event = None        #: the event of the handler that runs
+        self.outbound = None     #: see tcp_set_otcpid; of one message
 
-    @property
-    def closed_event(self):
-        """Whose end is told: 0 nobody's, 1 every connection's, 2 that of the
-        connections for which tcp_enable_closed_event was called.  Spec: 2.1.
-        """
-        return self._closed_event
-
-    @closed_event.setter
-    def closed_event(self, mode):
-        self._closed_event = _number(mode, "closed_event", 0, 2, whole=True)
-
-    @property
-    def event_callback(self):
-        """Called with the event's name instead of any route; see event."""
-        return self._event_callback
-
-    @event_callback.setter
-    def event_callback(self, callback):
-        if callback is not None and not callable(callback):
-            raise ValueError("event_callback must be callable or None,"
-                             f" not {reprlib.repr(callback)}")
-        self._event_callback = callback and _function(callback)
+    closed_event = _checked(
+        "_closed_event", functools.partial(
+            _number, name="closed_event", low=0, high=2, whole=True),
+        "Whose end is reported: 0 no one's, 1 every connection's, 2 that of"
+        " those for which tcp_enable_closed_event was called.  Spec: 2.1.")
+    event_callback = _checked(
+        "_event_callback", _callback,
+        "Called with the event's name instead of any handler; see event.")
 
     def modparam(self, module, name, value):
         """Set a parameter as the script language does.  Spec: 2.
@@ -2008,37 +2042,74 @@ class Routes:
                              f" not {reprlib.repr(name)}")
 
         def register(handler):
-            self._events[name] = _function(handler)
+            self._routes[name] = _function(handler)
             return handler
         return register
 
-    def event_handler(self, event):
-        """Return what is to be called with an event, or None."""
-        callback = self._event_callback
-        if callback is not None:
-            return lambda event: callback(event.name)
-        handler = self._events.get(event.name)
-        if handler is None and event.reason is not None:
-            handler = self._events.get("tcp:closed")
-        return handler
+    def handler_of(self, event):
+        """Return (handler or None, its argument) of an event."""
+        if self._event_callback is not None:
+            return self._event_callback, event.name
+        handler = self._routes.get(event.name)
+        if handler is None and event.is_end:
+            handler = self._routes.get("tcp:closed")
+        return handler, event
+
+    def message(self, conn, msg):
+        """Handle a message of a connection, after the events before it."""
+        if self.events:
+            self.report()
+        self.current = conn
+        handler = self._request
+        try:
+            if self._onreply is not None and msg.is_reply:
+                handler = self._onreply
+            if handler is not None:
+                handler(msg)
+        except BaseException as error:
+            self.log_raised(conn, handler, error)
+        finally:
+            self.current = self.outbound = None
+
+    def report(self):
+        """Call the handlers of the queued events; return how many."""
+        count = 0
+        for conn, event in _take(self.events):
+            count += 1
+            handler, argument = self.handler_of(event)
+            self.current, self.event = conn, event
+            try:
+                if handler is not None:
+                    handler(argument)
+            except BaseException as error:
+                self.log_raised(conn, handler, error)
+            finally:
+                self.current = self.event = None
+                if event.is_end:
+                    self._table.remove(conn)
+        return count
+
+    @staticmethod
+    def log_raised(conn, what, error):
+        """Log what a function of the program's has raised."""
+        log.error("conid %d: %s raised", conn.conid,
+                  getattr(what, "__qualname__", what),
+                  exc_info=_program_error(error))
 
 # ---------------------------------------------------------------------------
-# 14. The loop
+# 14. The reactor
 #
-# One turn: wait, input and output, calls from outside, deadlines, dead
-# sockets, events.  In that order, so that what has arrived is seen before a
-# deadline says that nothing has.
+# It waits, and gives each owner of a descriptor or a deadline its turn.  One
+# turn is: wait, input and output, work left over, deadlines.  In that order,
+# so that what has arrived is seen before a deadline says that nothing has.
+# Events are reported after each owner.
 #
-# Three rules:
-#
-# - _end is the one way out.  It unregisters, closes, forgets and queues the
-#   one event; every path leads there, and a second call changes nothing.
-# - A handler is never called from inside another.  What ends meanwhile queues
-#   its event; it is told when the handler has returned.
-# - The selector's key carries the connection, never a descriptor's number:
-#   within one batch a handler may close a connection and its number may be
-#   used again.  An ended connection ignores what the batch still holds for
-#   it.
+# An owner has a sock, events (what is selected) and methods that only the turn
+# calls: ready(mask) when its descriptor is, fire(now) when its deadline may
+# have come, work() when it has asked for it by later(), and fault(error) after
+# an error of ours in one of these.  The selector's key carries the owner, not
+# a number, which may be used again within one batch; so an owner refuses a
+# batch that is older than its end.
 # ---------------------------------------------------------------------------
 
 _READ, _WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
@@ -2046,79 +2117,14 @@ _READ, _WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 #: has undone Python's choice to ignore it.  PyPy has no name for Linux' flag.
 _NOSIGNAL = getattr(socket, "MSG_NOSIGNAL",
                     0x4000 if sys.platform.startswith("linux") else 0)
-
-#: Bytes asked of one recv(): one turn of one connection.
-_RECV_SIZE = 65536
-#: recv() calls on a dead socket in one turn.
-_BURY = 16
-#: In one turn: messages of one connection that a framing finds in what one
-#: recv() brought.  Few, so that a peer that floods costs the others no time.
-_SHARE = 8
-#: In one turn: accepts of one listener, deadlines.
+#: Deadlines that may fire in one turn.
 _BATCH = 64
-#: recv() calls that empty a socket before it is closed: more than the largest
-#: receive buffer of a default Linux (tcp_rmem, 6 MB).
-_EMPTYING = 128
 #: Seconds of one wait; epoll counts its milliseconds in 31 bits.
 _LONGEST_WAIT = 86400
 #: Turns in a row in which a descriptor was ready and nothing came of it.
 _SPIN = 100
-#: Seconds for which such a descriptor rests, and a listener that met a full
-#: table, should no end of a connection wake that before.
+#: Seconds for which an owner rests, unless it is woken before.
 _REST = 0.1
-#: Seconds between two looks at a peer that is suspected to have vanished.
-_LOOK = 0.25
-#: Descriptors left for the host program where max_connections is not given.
-_RESERVE = 32
-#: accept() errors that say "not now": listeners rest.
-_FULL = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
-#: accept() errors of the listener itself; all others are one peer's.
-_BROKEN = (errno.EBADF, errno.ENOTSOCK, errno.EINVAL, errno.EOPNOTSUPP)
-_AGAIN = (BlockingIOError, InterruptedError)
-#: send() errors that say "not now": what is to be sent is queued.
-_NOT_NOW = (errno.EAGAIN, errno.EWOULDBLOCK, errno.EINTR, errno.ENOBUFS,
-            errno.ENOMEM)
-_LINGER_RESET = struct.pack("ii", 1, 0)
-
-
-def _descriptor_limit():
-    """Return how many connections the process may open, less a reserve."""
-    try:
-        import resource
-        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    except ImportError:  # pragma: no cover (Windows has no such limit)
-        return NEVER
-    return NEVER if soft == resource.RLIM_INFINITY else max(1, soft - _RESERVE)
-
-
-#: Every Loop that lives, for fork: see Loop._abandon.
-_loops = weakref.WeakSet()
-
-
-def _abandon_loops():
-    """In a child after fork(): let go of what belongs to the parent."""
-    for loop in list(_loops):
-        loop._abandon()
-
-
-if hasattr(os, "register_at_fork"):  # pragma: no branch (Windows)
-    os.register_at_fork(after_in_child=_abandon_loops)
-
-
-#: What Loop._ask returns where a framing has raised.
-_FAILED = object()
-
-
-def _take(queue):
-    """Take out what a queue holds now: new work of a handler's waits."""
-    for _ in range(len(queue)):
-        if not queue:
-            return  # pragma: no cover (in a child, after fork(), tested too)
-        yield queue.popleft()
-
-
-def _ignore(_conn, _mask):
-    """What a dead or ended connection does when it is selected: nothing."""
 
 
 def _unread(sock):
@@ -2136,89 +2142,127 @@ def _unread(sock):
 
 
 class _Attended:
-    """A socket of the host program's; see TcpOps.attend."""
+    """The owner of a socket of the host program's; see Reactor.attend."""
 
     def __init__(self, sock, call):
         self.sock = sock
-        self.call = call  # call(mask)
+        self.call = call  # call(mask); None: dismissed
 
-    def ready(self, _owner, mask):
+    def ready(self, mask):
         """Call the function; return False if it has taken no byte."""
         before = _unread(self.sock)
-        self.call(mask)
-        return (before is None or not mask & _READ
+        if self.call is not None:
+            self.call(mask)
+        return (before is None or not mask & _READ or self.call is None
                 or _unread(self.sock) != before)
 
+    work = fault = lambda self, *_: None  # that is the host program's affair
 
-class Loop(Routes):
-    """Moves bytes, messages, deadlines and events.  See TcpOps."""
 
-    def __init__(self, *, closed_event=1, event_callback=None,
-                 connection_lifetime=120, connect_timeout=10, send_timeout=10,
-                 message_timeout=20, max_connections=None, max_message=65536,
-                 max_write_buffer=1048576, clock=time.monotonic):
-        super().__init__(closed_event, event_callback)
-        self.connection_lifetime = connection_lifetime
-        self._max_connections = (
-            _descriptor_limit() if max_connections is None else _number(
-                max_connections, "max_connections", 1, sys.maxsize,
-                whole=True))
-        for name, value, low, high in (
-                ("connect_timeout", connect_timeout, 0.001, _MAX_SECONDS),
-                ("send_timeout", send_timeout, 0.001, _MAX_SECONDS),
-                ("message_timeout", message_timeout, 0.001, _MAX_SECONDS),
-                ("max_message", max_message, 1, sys.maxsize),
-                ("max_write_buffer", max_write_buffer, 1, sys.maxsize)):
-            setattr(self, "_" + name,
-                    _number(value, name, low, high, whole=low == 1))
-        if not callable(clock):
-            raise ValueError(f"clock must be callable, not {clock!r}")
-        self._clock = clock
-        self._start()
-        _loops.add(self)
+class Reactor:
+    """The selector, the clock, the deadlines and the turn."""
 
-    def _start(self):
-        self._recv_size = min(_RECV_SIZE, self._max_message)
-        self._table = Table()
-        self._deadlines = Deadlines()
-        self._waiting = collections.deque()     # see Connection.waiting
-        self._doomed = collections.deque()  # connections with a dead socket
-        self._events_due = collections.deque()  # of (connection, Event)
-        self._calls = collections.deque()   # of (function, arguments)
-        self._live = 0          # connections with a socket
-        self._opened = 0        # conids given to connections, see stats
-        self._ended = dict.fromkeys(REASONS, 0)
-        self._bytes_in = self._bytes_out = 0    # of the ended ones
-        self._refused = 0
-        self._resting = []      # see _rest
-        self._rest_until = NEVER
+    def __init__(self, clock, handlers):
+        self.clock = clock
+        self.deadlines = Deadlines()
+        self.resting = {}       #: owners that are not selected for a while
+        self.turning = self.stopping = self.closing = False
+        self._handlers = handlers
+        self._work = collections.OrderedDict()  # of owners, see later
+        self._calls = collections.deque()       # of (function, arguments)
+        self._rest_until = NEVER    # when the resting owners are woken
+        self._owner = None      # whose turn it is
         self._in_vain = {}      # owner: turns in a row, see _guard
-        self._lost = 0          # see _serve_ready
+        self._empty_waits = 0   # since a descriptor was lost, plus 1; 0: none
         self._outer = None      # see fileno
         self._complain_at = -NEVER
-        self._current = None    # the connection of the handler that runs
-        self._event = None      # the event of the handler that runs
-        self._last_keepalive = None  # what was enabled last
-        self._otcpid = None     # the current message's outbound conid,
-        self._use_otcpid = False    # and whether forward heeds it
-        self._turning = self._stopping = False
-        self._draining = self._closing = False
-        # What a connection does when it is selected; else nothing.
-        self._handle = collections.defaultdict(lambda: _ignore, {
-            Phase.LISTENING: self._accept,
-            Phase.CONNECTING: self._connect_done,
-            Phase.OPENING: self._serve,
-            Phase.OPEN: self._serve,
-            Phase.CLOSING: self._flush,
-        })
         self._selector = selectors.DefaultSelector()
         self._select = self._selector.select
         # stop() and call_soon() interrupt a wait by writing to this pair.
         self._waker, self._woken = socket.socketpair()
-        for sock in (self._waker, self._woken):
-            sock.setblocking(False)
+        self._waker.setblocking(False)
+        self._woken.setblocking(False)
         self._selector.register(self._woken, _READ, _Attended(
             self._woken, self._drain_waker))
+
+    def watch(self, owner, events):
+        """Select an owner for these events, 0 for none.
+
+        Raises OSError: its descriptor is no more, or there is no room for it.
+        """
+        if owner in self.resting:
+            events = 0
+        before, owner.events = owner.events, events
+        try:
+            if before and not events:
+                self._selector.unregister(owner.sock)
+            elif before and events != before:
+                self._selector.modify(owner.sock, events, owner)
+            elif events and not before:
+                self._register(owner)
+        except (KeyError, ValueError, OSError) as error:
+            number = getattr(_system_error(error), "errno", errno.EBADF)
+            owner.events = 0
+            raise OSError(number, os.strerror(number)) from None
+
+    def _register(self, owner):
+        number = owner.sock.fileno()
+        if number in self._selector.get_map():
+            # The number belonged to a socket that was closed behind our back;
+            # the kernel has forgotten that one, the selector has not.
+            stale = self._selector.get_key(number).data
+            self._selector.unregister(number)
+            self._lose(stale, number)
+        self._selector.register(owner.sock, owner.events, owner)
+
+    def _lose(self, owner, number):
+        """Let an owner see in work() that its descriptor is no more."""
+        self._empty_waits = 1
+        if owner.sock.fileno() == number:
+            owner.sock.detach()  # the number may be another's by now
+        owner.events = 0
+        self.later(owner)
+
+    def arm(self, owner, when):
+        """Make sure the owner fires no later than `when`."""
+        if when < owner.fires_at:
+            if self._outer and when < self.deadlines.next():
+                self.nudge()
+            self.deadlines.arm(owner, when)
+
+    def later(self, owner):
+        """Have the owner's work() called in this turn, or the next one."""
+        self._work[owner] = None
+        self.nudge()
+
+    def rest(self, owner, why):
+        """Do not select an owner for a while: it would be ready in vain."""
+        self.complain(f"conid {owner.conid} {why}")
+        with contextlib.suppress(OSError):  # work() will find it closed
+            self.watch(owner, 0)
+        self.resting[owner] = None
+        self._rest_until = min(self._rest_until, self.clock() + _REST)
+
+    def wake(self, owner):
+        """End an owner's rest, if it rests."""
+        if owner in self.resting:
+            del self.resting[owner]
+            self.later(owner)
+
+    def close(self, sock):
+        """Close the socket of an owner that is not selected."""
+        try:
+            if sock.fileno() < 0:
+                raise OSError(errno.EBADF, "closed behind our back")
+            sock.close()
+        except OSError:
+            self._empty_waits = 1
+
+    def complain(self, text):
+        """Log a warning, one a second at the most."""
+        if self.clock() >= self._complain_at:
+            log.warning("%s", text)
+            self._complain_at = self.clock() + 1
 
     def attend(self, sock, events, ready):
         """Call ready(mask) whenever a socket of the host program's is ready.
@@ -2228,244 +2272,30 @@ class Loop(Routes):
         """
         _function(ready)
         self._selector.register(sock, events, _Attended(
-            sock, lambda mask: self._run_call(ready, (mask,))))
+            sock, lambda mask: self._run_call(ready, mask)))
 
     def dismiss(self, sock):
         """Undo attend."""
-        self._selector.unregister(sock).data.ready = _ignore
+        self._selector.unregister(sock).data.call = None
         try:
             os.fstat(sock.fileno())
         except (OSError, AttributeError):  # closed already, or a number
-            self._lost = 1
+            self._empty_waits = 1
 
-    # -- for the host program: settings and questions ---------------------
-
-    @property
-    def connection_lifetime(self):
-        """Seconds of idleness that a new connection is allowed."""
-        return self._lifetime
-
-    @connection_lifetime.setter
-    def connection_lifetime(self, lifetime):
-        self._lifetime = _number(lifetime, "connection_lifetime", 0,
-                                 _MAX_SECONDS)
-
-    @property
-    def closed(self):
-        """Whether close() was called."""
-        return self._closing
-
-    @property
-    def conid(self):
-        """The conid of the current message or event; None outside."""
-        return None if self._current is None else self._current.conid
-
-    @property
-    def event(self):
-        """The current event, for event_callback; None outside."""
-        return self._event
-
-    def connection(self, conid):
-        """Return a ConnectionInfo of a connection or listener, or None."""
-        conn = self._table.get(conid) if type(conid) is int else None
-        if conn is None or conn.forgotten or conn.phase is Phase.ENDED:
-            return None
-        now = self._clock()
-        due = conn.due()
-        return ConnectionInfo(
-            conn.conid, conn.proto, *conn.peer, *conn.local,
-            conn.stack.name, self._state(conn), now - conn.since,
-            max(0.0, now - conn.active), conn.lifetime,
-            None if due == NEVER else due, get_keepalive(conn.sock),
-            conn.bytes_in, conn.bytes_out, *conn.facts())
-
-    def conids(self):
-        """Return a list of the conids of connections, without any probe."""
-        return [conn.conid for conn in self._table if not conn.forgotten
-                and conn.phase not in (Phase.LISTENING, Phase.ENDED)]
-
-    def connections(self):
-        """Return a list of the ConnectionInfo of every connection."""
-        return list(filter(None, map(self.connection, self.conids())))
-
-    def listeners(self):
-        """Return a list of the ConnectionInfo of every listener."""
-        return [self.connection(conn.conid) for conn in self._table
-                if conn.phase is Phase.LISTENING]
-
-    def stats(self):
-        """Return counts since the start, as a dict.
-
-        opened (connections), ended ({reason: count}), accepts_refused (how
-        often a listener met a lack of room), bytes_in and bytes_out.
-        """
-        live = [conn for conn in self._table if conn.phase is not Phase.ENDED]
-        return {
-            "opened": self._opened,
-            "ended": dict(self._ended),
-            "accepts_refused": self._refused,
-            "bytes_in": self._bytes_in + sum(c.bytes_in for c in live),
-            "bytes_out": self._bytes_out + sum(c.bytes_out for c in live),
-        }
-
-    # -- for the host program: connections --------------------------------
-
-    def listen(self, host, port, *, framing="raw", tls=None,
-               backlog=socket.SOMAXCONN, reuse_port=False):
-        """Accept connections; return the listener's conid.
-
-        framing is a name in FRAMINGS or a subclass of Framing, tls an
-        ssl.SSLContext for servers, with its certificate.  host is an address
-        or a name ("" for every IPv4 address), port 0 lets the system choose:
-        connection(conid).Rp says what it chose.  "::" is every IPv6 address
-        and no IPv4 one.  Raises OSError.
-        """
-        stack = Stack.of(framing, tls)
-        layer = stack.build(self._max_message, client=False)
-        self._check_taking()
-        family, address = _resolve(host or "0.0.0.0", port, passive=True)[0]
-        sock = socket.socket(family, socket.SOCK_STREAM)
-        try:
-            if os.name == "posix":  # pragma: no branch (Windows)
-                # There it would let any program take our port.
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if reuse_port:
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-            if family == socket.AF_INET6:
-                # The same on every system, and 0.0.0.0 may be had beside it.
-                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            sock.setblocking(False)
-            sock.bind(address)
-            sock.listen(backlog)
-            local = _peer_key(sock.getsockname())
-        except BaseException:
-            sock.close()
-            raise
-        conn = self._begin(sock, Phase.LISTENING, "listen", stack,
-                           local=local)
-        conn.proto = "tcp" if layer is None else layer.proto
-        conn.stack = stack._replace(listener=conn.conid)
-        self._watch(conn, _READ)
-        if conn.cause is not None:  # the selector has no room for it
-            raise OSError(conn.cause.errno, conn.cause.detail)
-        return conn.conid
-
-    def set_tls(self, listener, context):
-        """Give a listener another ssl.SSLContext, for its new connections."""
-        conn = self._table.get(listener) if type(listener) is int else None
-        if conn is None or conn.origin != "listen" or not conn.stack.context:
-            raise ValueError("set_tls takes the conid of a listener with TLS,"
-                             f" not {reprlib.repr(listener)}")
-        _LAYERS["tls"].check_context(context, client=False)
-        conn.stack = conn.stack._replace(context=context)
-
-    def connect(self, host, port, *, framing="raw", tls=None,
-                server_hostname=None):
-        """Start to connect; return the conid.
-
-        tls is an ssl.SSLContext for clients, which says what is verified;
-        server_hostname is the name in the certificate where it is not host.
-
-        An event tells the outcome: tcp:opened, or an end.  What is sent
-        meanwhile is queued.  A name is looked up at once, which may block; its
-        addresses are tried in turn, all within connect_timeout.  Raises
-        OSError (no such name, no descriptor), ValueError (not a name).
-        """
-        stack = Stack.of(framing, tls, server_hostname, (host, port))
-        addresses = _resolve(host, port)
-        layer = stack.build(self._max_message, client=True)
-        self._check_room()
-        sock, address, rest = self._socket_for(addresses)
-        conn = self._begin(sock, Phase.CONNECTING, "connect", stack, layer,
-                           _peer_key(address))
-        conn.candidates = rest
-        conn.work_due = conn.since + self._connect_timeout
-        self._arm(conn, conn.work_due)
-        self._go_on_connecting(conn, sock.connect_ex(address))
-        return conn.conid
-
-    def attach(self, sock, *, framing="raw"):
-        """Adopt a connected TCP socket; return its conid.
-
-        The socket belongs to the loop from then on: do not close it.  Raises
-        ValueError for any other kind of socket, OSError if not connected.
-        """
-        stack = Stack.of(framing)
-        ssl = sys.modules.get("ssl")  # not loaded: then it is not one
-        if (not isinstance(sock, socket.socket)
-                or ssl and isinstance(sock, ssl.SSLSocket)
-                or sock.type != socket.SOCK_STREAM
-                or sock.family not in (socket.AF_INET, socket.AF_INET6)):
-            raise ValueError("attach takes a plain TCP socket,"
-                             f" not {reprlib.repr(sock)}")
-        peer = _peer_key(sock.getpeername())
-        local = _peer_key(sock.getsockname())
+    def holds(self, sock):
+        """Say whether a socket is registered, by its owner."""
         key = self._selector.get_map().get(sock.fileno())
-        if key is not None and key.data.sock is sock:
-            raise ValueError(f"{sock!r} is attached already")
-        layer = stack.build(self._max_message, client=False)
-        self._check_room()
-        sock.setblocking(False)
-        conn = self._begin(sock, Phase.OPENING, "attach", stack, layer,
-                           peer, local)
-        self._greet(conn)
-        return conn.conid
+        return key is not None and key.data.sock is sock
 
-    # -- for the host program: running ------------------------------------
+    def call_soon(self, function, *args):
+        """Call function(*args) in the loop's next turn; safe from any thread.
 
-    def run(self):
-        """Run until stop() or close() is called.
-
-        Raises RuntimeError inside a handler and after close().
+        Raises RuntimeError after close().
         """
-        self._check_outside()
-        # A signal that comes between Python's last look and epoll_wait would
-        # not be noticed before something else happens; so it wakes us too.
-        wakeup = None
-        with contextlib.suppress(ValueError):  # not in the main thread
-            wakeup = signal.set_wakeup_fd(self._waker.fileno(),
-                                          warn_on_full_buffer=False)
-        self._turning = True
-        try:
-            while not self._stopping and not self._closing:
-                self._turn(self._patience(None))
-        finally:
-            self._turning = self._stopping = False
-            if wakeup is not None:
-                try:
-                    signal.set_wakeup_fd(wakeup)
-                except (OSError, ValueError):  # the host has closed it
-                    signal.set_wakeup_fd(-1)
-            if self._closing:  # in a handler: that waited for this
-                self._release()
-
-    def step(self, timeout=None):
-        """Wait until something happens, and handle it.
-
-        Waits for timeout seconds at the most, None for as long as it takes.
-        Returns how many things were handled, 0 if time ran out.  Raises
-        RuntimeError inside a handler and after close().
-        """
-        self._check_outside()
-        if timeout is not None:
-            timeout = _number(timeout, "timeout", 0, NEVER)
-        self._turning = True
-        try:
-            while True:
-                wait = self._patience(timeout)
-                handled = self._turn(wait)
-                if handled or self._stopping:
-                    return handled
-                if timeout is not None:
-                    # The wait was cut short by a deadline that had been put
-                    # off meanwhile: the caller's time goes on.
-                    timeout -= wait
-                    if timeout <= 0:
-                        return 0
-        finally:
-            self._turning = False
-            if self._closing:
-                self._release()
+        _function(function)
+        self.check_running()
+        self._calls.append((function, *args))
+        self._interrupt()
 
     def stop(self):
         """Make run() return after this turn.
@@ -2477,64 +2307,31 @@ class Loop(Routes):
         in a signal handler: an exception leaves run() and ends nothing, but
         between two steps of ours it may lose the message in hand.
         """
-        self._stopping = True
-        self._wake()
+        self.stopping = True
+        self._interrupt()
 
-    def call_soon(self, function, *args):
-        """Call function(*args) in the loop's next turn; safe from any thread.
+    def _interrupt(self):
+        """Interrupt a wait; safe from a signal handler and any thread."""
+        # Full: a wake-up is on its way.  Closed: nothing waits.
+        with contextlib.suppress(OSError):
+            self._waker.send(b"\0", _NOSIGNAL)
 
-        Raises RuntimeError after close().
-        """
-        _function(function)
-        self._check_running()
-        self._calls.append((function, args))
-        self._wake()
+    def nudge(self):
+        """Make fileno() readable: there is new work."""
+        if self._outer and not self.turning:
+            self._interrupt()
 
-    def drain(self, timeout):
-        """Stop accepting, send what is queued, and end every connection.
+    def _drain_waker(self, _mask):
+        with contextlib.suppress(BlockingIOError):
+            self._woken.recv(4096)
 
-        Returns when all have ended, after timeout seconds (of real time) at
-        the latest.  Their reason is "shutdown", or "reset" after an RST.
-        """
-        timeout = _number(timeout, "timeout", 0, _MAX_SECONDS)
-        self._check_outside()
-        deadline = time.monotonic() + timeout
-        self._draining = True
+    @staticmethod
+    def _run_call(function, *arguments):
         try:
-            cause = Cause("shutdown", None, "drained")
-            for conn in self._table:
-                self._last_look(conn)
-                if conn.phase is not Phase.DOOMED:
-                    self._finish(conn, cause)
-            while self._live and time.monotonic() < deadline:
-                self.step(max(0, deadline - time.monotonic()))
-            for conn in self._table:
-                self._end(conn, cause)
-            while self._events_due:
-                self.step(0)
-        finally:
-            self._draining = False
-
-    def close(self):
-        """End every connection at once, tell the events, free everything.
-
-        From inside a handler: when that has returned.  A second call does
-        nothing.
-        """
-        if self._closing:
-            return
-        self._closing = True
-        for conn in self._table:
-            self._last_look(conn)
-            self._end(conn, Cause("shutdown", None, "the loop was closed"))
-        if not self._turning:
-            self._release()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.close()
+            function(*arguments)
+        except BaseException as error:
+            log.exception("%r raised", function,
+                          exc_info=_program_error(error))
 
     def fileno(self):
         """Return a descriptor that is readable when step(0) has work to do.
@@ -2543,7 +2340,7 @@ class Loop(Routes):
         step(0) when it is readable and when the deadline has come, and ask
         for the next one after each step.  Raises OSError on Windows.
         """
-        self._check_running()
+        self.check_running()
         if not hasattr(self._selector, "fileno"):  # pragma: no cover (Windows)
             raise OSError(errno.ENOTSUP, "this selector has no descriptor")
         if self._outer is None:
@@ -2557,119 +2354,142 @@ class Loop(Routes):
 
         fileno() turns readable when it has become earlier.
         """
-        if self._has_work():
-            return self._clock()
-        due = min(self._deadlines.next(), self._rest_until)
-        return None if due == NEVER else due
+        due = self._due()
+        return None if due == NEVER else max(due, self.clock())
 
-    # -- one turn ---------------------------------------------------------
-
-    def _check_running(self):
-        if self._closing:
+    def check_running(self):
+        """Raise RuntimeError after close()."""
+        if self.closing:
             raise RuntimeError("this TcpOps is closed")
 
-    def _check_outside(self):
-        self._check_running()
-        if self._turning:
+    def check_outside(self):
+        """Raise RuntimeError after close(), and inside a turn."""
+        self.check_running()
+        if self.turning:
             raise RuntimeError("run(), step() and drain() cannot be called"
                                " from inside a handler")
 
-    def _has_work(self):
-        """Whether the next turn has something to do without any wait."""
-        return bool(self._events_due or self._waiting or self._doomed
-                    or self._calls)
+    def run(self):
+        """Run until stop() or close() is called.
 
-    def _patience(self, timeout):
-        """Return how long the next wait may take, None for ever."""
-        if self._has_work():
-            return 0
-        due = self._deadlines.next()
-        due = min(due, self._rest_until) if self._resting else due
-        if due == NEVER:
-            return timeout and min(timeout, _LONGEST_WAIT)
-        wait = min(due - self._clock(), _LONGEST_WAIT)
-        if timeout is not None and timeout < wait:
-            return timeout
-        return wait if wait > 0 else 0
+        Raises RuntimeError inside a handler and after close().
+        """
+        self.check_outside()
+        # A signal that arrives just before epoll_wait would go unnoticed
+        # until the next event, so signals also write to the waker.
+        wakeup = None
+        with contextlib.suppress(ValueError):  # not in the main thread
+            wakeup = signal.set_wakeup_fd(self._waker.fileno(),
+                                          warn_on_full_buffer=False)
+        self.turning = True
+        try:
+            while not self.stopping and not self.closing:
+                self._turn(self._patience(NEVER))
+        finally:
+            self.turning = self.stopping = False
+            if wakeup is not None:
+                try:
+                    signal.set_wakeup_fd(wakeup)
+                except (OSError, ValueError):  # the host has closed it
+                    signal.set_wakeup_fd(-1)
+            if self.closing:  # in a handler: that waited for this
+                self.release()
+
+    def step(self, timeout=None):
+        """Wait until something happens, and handle it.
+
+        Waits for timeout seconds at the most, None for as long as it takes.
+        Returns how many things were handled, 0 if time ran out.  Raises
+        RuntimeError inside a handler and after close().
+        """
+        self.check_outside()
+        left = NEVER if timeout is None else _number(
+            timeout, "timeout", 0, NEVER)
+        self.turning = True
+        try:
+            while True:
+                wait = self._patience(left)
+                handled = self._turn(wait)
+                # A deadline that was put off may have cut the wait short.
+                left -= wait or 0
+                if handled or self.stopping or left <= 0:
+                    return handled
+        finally:
+            self.turning = False
+            if self.closing:
+                self.release()
+
+    def _due(self):
+        """Return when a turn has something to do: a time, or NEVER."""
+        if self._handlers.events or self._work or self._calls:
+            return -NEVER
+        return min(self.deadlines.next(), self._rest_until)
+
+    def _patience(self, limit):
+        """Return how many seconds the next wait may take, None: no limit."""
+        due = self._due()
+        if due == NEVER and limit == NEVER:
+            return None
+        wait = max(0, due - self.clock()) if due != NEVER else NEVER
+        return min(wait, limit, _LONGEST_WAIT)
 
     def _turn(self, wait):
         """Wait, then handle what there is; return how many things that was."""
-        # Wait.  Selectors round the time up: never early, never spinning.
+        # Selectors round the time up: never early, never spinning.
         ready = self._select(wait)
-        # Deadlines that come up while handlers run are for the next turn:
-        # what peers have sent in the meantime is read before.
-        now = self._clock()
-        handled = self._tell() if self._events_due else 0  # of calls outside
-        handled += self._serve_ready(ready)
-        due = self._deadlines.next() <= now
-        if due:
-            # A process that was stopped, or interrupted by a signal, wakes up
-            # with an old answer; what has come by now counts.
-            handled += self._serve_ready(self._select(0))
-        conn = None
+        # Deadlines that come while handlers run are for the next turn: what
+        # peers have sent in the meantime is read before.
+        now, report, self._owner = self.clock(), self._handlers.report, None
         try:
-            # Messages that were left when their connection's share was used
-            # up, and calls from outside.
-            if self._waiting or self._calls:
-                for conn in _take(self._waiting):
-                    conn.waiting = False
-                    conn.active = self._clock()  # not idle: we lag behind
-                    self._deliver(conn)
-                    self._rewatch(conn)
-                    handled += 1
-                for call in _take(self._calls):
-                    self._run_call(*call)
-                    handled += 1
-            conn = None
-            if due:
-                handled += self._expire(now)
+            handled = self._serve_ready(ready)
+            fires = self.deadlines.next() <= now
+            if fires:
+                # A process that was stopped, or interrupted by a signal, wakes
+                # up with an old answer; what has come by now counts.
+                handled += self._serve_ready(self._select(0))
+            for _ in range(len(self._work)):
+                if self._work:  # pragma: no branch (in a child, after fork())
+                    self._owner = self._work.popitem(last=False)[0]
+                    self._owner.work()
+                    handled += 1 + report()
+            self._owner = None
+            for call in _take(self._calls):
+                self._run_call(*call)
+                handled += 1 + report()
+            for _ in range(_BATCH if fires else 0):
+                self._owner = self.deadlines.pop(now)
+                if self._owner is None:
+                    break
+                handled += self._owner.fire(now) + report()
             if self._rest_until <= now:
                 self._rest_until = NEVER
-                self._resume(self._resting)
-                handled += 1
-            if self._doomed:
-                handled += self._tell()  # opened, before its messages
-                for conn in _take(self._doomed):
-                    try:
-                        self._bury(conn)
-                    finally:  # Ctrl-C in a handler must not make it immortal
-                        if conn.phase is Phase.DOOMED:
-                            self._doomed.append(conn)
-                    handled += 1
+                handled += len(self.resting)
+                for owner in list(self.resting):
+                    self.wake(owner)
         except Exception as error:
-            self._fault(conn, error)
+            if self._owner is not None and not _is_signal(error):
+                self._owner.fault(error)
             raise
-        if self._events_due:
-            handled += self._tell()
         return handled
 
     def _serve_ready(self, ready):
-        """Input and output; return how many were ready."""
-        owner, in_vain = None, ()
-        try:
-            for key, mask in ready:
-                owner = key.data
-                if not owner.ready(owner, mask):
-                    in_vain = (*in_vain, owner)
-                if self._events_due:
-                    self._tell()
-        except Exception as error:
-            self._fault(owner, error)
-            raise
+        """Input and output; return how many things were handled."""
+        in_vain, handlers, handled = (), self._handlers, len(ready)
+        if handlers.events:
+            handled += handlers.report()  # of calls from outside
+        for key, mask in ready:
+            self._owner = owner = key.data
+            if not owner.ready(mask):
+                in_vain = (*in_vain, owner)
+            if handlers.events:
+                handlers.report()
         if in_vain or self._in_vain:
             self._guard(in_vain)
-        if self._lost and not ready:
-            self._lost += 1
-            if self._lost > _SPIN:  # a descriptor that is no more is ready
-                self._renew_selector()
-        return len(ready)
-
-    def _fault(self, conn, error):
-        """End a connection for a fault of ours, no signal handler's error."""
-        if (isinstance(conn, Connection) and conn.phase is not Phase.LISTENING
-                and not _is_signal(error)):
-            self._end(conn, Cause("error", None,
-                                  f"a fault in tcpops: {error!r}"))
+        if self._empty_waits and not ready:
+            self._empty_waits += 1
+            if self._empty_waits > _SPIN:  # a descriptor that is no more is
+                self._renew_selector()     # ready all the time
+        return handled
 
     def _guard(self, in_vain):
         """Have owners rest that are ready again and again, and in vain."""
@@ -2677,727 +2497,1028 @@ class Loop(Routes):
         self._in_vain = {owner: before.get(owner, 0) + 1 for owner in in_vain}
         for owner, count in self._in_vain.items():
             if count == _SPIN and isinstance(owner, _Attended):
-                self._complain(f"{owner.sock} was ready {count} times in a"
-                               " row, and its function has read nothing")
-            elif count >= _SPIN and self._lost:
+                self.complain(f"{owner.sock} was ready {count} times in a"
+                              " row, and its function has read nothing")
+            elif count >= _SPIN and self._empty_waits:
                 self._renew_selector()  # it may be another's, of its number
-            elif count >= _SPIN and isinstance(owner, Connection):
-                self._rest(owner, f"rests: it was ready {count} times in a"
-                           " row, and nothing came of it")
+            elif count >= _SPIN and not isinstance(owner, _Attended):
+                self.rest(owner, f"rests: it was ready {count} times in a"
+                          " row, and nothing came of it")
 
-    def _wake(self):
-        """Interrupt a wait; safe from a signal handler and any thread."""
-        # Full: a wake-up is on its way.  Closed: nobody waits.
-        with contextlib.suppress(BlockingIOError, OSError):
-            self._waker.send(b"\0", _NOSIGNAL)
-
-    def _nudge(self):
-        """Tell whoever drives the loop by fileno() that it has new work."""
-        if self._outer and not self._turning:
-            self._wake()
-
-    def _drain_waker(self, _mask):
-        with contextlib.suppress(BlockingIOError):
-            self._woken.recv(4096)
-
-    @staticmethod
-    def _run_call(function, arguments):
-        try:
-            function(*arguments)
-        except BaseException as error:
-            log.exception("%r raised", function,
-                          exc_info=_program_error(error))
-
-    def _release(self):
-        """Tell the last events and give the descriptors back."""
-        failure = None
-        self._turning = True  # a handler may not start another turn
-        while self._events_due:
+    def _renew_selector(self):
+        """Take a fresh epoll: the old one goes on reporting a descriptor that
+        was closed behind our back, as long as a duplicate of it lives.
+        """
+        old, self._selector = self._selector, selectors.DefaultSelector()
+        self._select, self._empty_waits = self._selector.select, 0
+        for key in list(old.get_map().values()):
             try:
-                self._tell()
-            except BaseException as error:  # Ctrl-C: the rest is told, too
-                failure = failure or error
-        self._turning = False
-        self._resting.clear()
+                self._selector.register(key.fileobj, key.events, key.data)
+            except (OSError, ValueError):
+                self._lose(key.data, key.fd)  # it is closed, too
         if self._outer is not None:
-            self._outer.close()
-        self._selector.close()
-        self._waker.close()
-        self._woken.close()
+            self._outer.unregister(old.fileno())
+            self._outer.register(self._selector.fileno(), _READ)
+        old.close()
+
+    def release(self):
+        """Report the last events and give the descriptors back."""
+        failure = None
+        self.turning = True  # a handler may not start another turn
+        while self._handlers.events:
+            try:
+                self._handlers.report()
+            except BaseException as error:  # Ctrl-C: the rest is reported, too
+                failure = failure or error
+        self.turning = False
+        self.resting.clear()
+        self._work.clear()
+        for held in (self._outer, self._selector, self._waker, self._woken):
+            if held is not None:
+                held.close()
         if failure:
             raise failure
 
-    def _abandon(self):
-        """Close this process's copies and touch nothing that is shared.
-
-        After fork() the selector and the sockets are the parent's too: to
-        unregister, to read or to end something here would be felt there.
-        Not to close would keep the parent's peers from ever seeing its FIN.
-        """
-        self._closing = True
+    def abandon(self):
+        """Give up this process's copies, in a child after fork()."""
+        self.closing = True
         with contextlib.suppress(ValueError):  # not in the main thread
             wakeup = signal.set_wakeup_fd(-1)
             if wakeup not in (-1, self._waker.fileno()):
-                signal.set_wakeup_fd(wakeup)  # somebody else's
-        for conn in self._table:
-            self._enter(conn, Phase.ENDED)
-            with contextlib.suppress(OSError):
-                conn.sock.close()
-        self._table, self._deadlines = Table(), Deadlines()
-        for work in (self._waiting, self._doomed, self._events_due,
-                     self._calls):
-            work.clear()
-        self._live = 0
-        self._release()
+                signal.set_wakeup_fd(wakeup)  # the host program's
+        self.deadlines = Deadlines()
+        self._handlers.events.clear()
+        self._calls.clear()
+        self.release()
 
-    # -- handlers and events ----------------------------------------------
-    #
-    # What a handler raises is logged and changes nothing.
+# ---------------------------------------------------------------------------
+# 15. The plan of a connection
+#
+# All connections of one listen, connect or attach are made alike.  They share
+# one record of that, which costs each a pointer.
+# ---------------------------------------------------------------------------
 
-    def _message(self, conn, msg):
-        self._current = conn
-        handler = self._request
-        try:
-            if self._onreply is not None and msg.is_reply:
-                handler = self._onreply
-            if handler is not None:
-                handler(msg)
-        except BaseException as error:
-            self._log_raised(conn, handler, error)
-        finally:
-            self._current = self._otcpid = None
-            self._use_otcpid = False
+#: Bytes asked of one recv(): one turn of one connection.
+_RECV_SIZE = 65536
 
-    def _call_event(self, conn, event):
-        self._current, self._event = conn, event
-        handler = self.event_handler
-        try:
-            handler = handler(event)
-            if handler is not None:
-                handler(event)
-        except BaseException as error:
-            self._log_raised(conn, handler, error)
-        finally:
-            self._current = self._event = None
+
+class Settings(NamedTuple):
+    """What a connection may take; see TcpOps."""
+
+    connection_lifetime: float = 120
+    connect_timeout: float = 10
+    send_timeout: float = 10
+    message_timeout: float = 20
+    max_message: int = 65536
+    max_write_buffer: int = 1048576
+
+    def changed(self, **values):
+        """Return a copy with other values, or raise ValueError."""
+        return self._replace(**{
+            name: _number(value, name, *(
+                (1, sys.maxsize, True) if name.startswith("max") else
+                (0 if name == "connection_lifetime" else 0.001, _MAX_SECONDS)))
+            for name, value in values.items()})
+
+
+class Plan:
+    """What connections of one listen, connect or attach have in common."""
+
+    __slots__ = ("handlers", "table", "reactor", "settings", "recv_size",
+                 "origin", "name", "factory", "context", "server_hostname",
+                 "host", "listener")
+
+    def __init__(self, handlers, table, reactor, settings, origin, framing,
+                 tls=None, server_hostname=None, address=None):
+        self.handlers, self.table, self.reactor = handlers, table, reactor
+        self.origin = origin       #: "accept", "connect" or "attach"
+        self.listener = None       #: the listener's conid
+        #: What connect was called with, "host:port".
+        self.host = "" if address is None else _format_address(address)
+        self.name, self.factory = self._framing(framing)
+        self.context = tls         #: an ssl.SSLContext, None: no TLS
+        if tls is not None:
+            if "tls" not in _LAYERS:
+                raise ValueError("there is no TLS: its section was cut out of"
+                                 " this copy of the file")
+            _LAYERS["tls"].check_context(tls, client=address is not None)
+            if address is not None and server_hostname is None:
+                server_hostname = address[0]
+        elif server_hostname is not None:
+            raise ValueError("server_hostname is for TLS")
+        self.server_hostname = server_hostname
+        self.settings = settings
+        self.recv_size = min(_RECV_SIZE, settings.max_message)
+
+    def changed(self, **values):
+        """Return a copy with other values, for the connections to come."""
+        plan = copy.copy(self)
+        for name, value in values.items():
+            setattr(plan, name, value)
+        plan.recv_size = min(_RECV_SIZE, plan.settings.max_message)
+        return plan
 
     @staticmethod
-    def _log_raised(conn, handler, error):
-        log.error("conid %d: %s raised", conn.conid,
-                  getattr(handler, "__qualname__", handler),
-                  exc_info=_program_error(error))
+    def _framing(framing):
+        """Return (name, factory) of a framing argument; None: raw."""
+        if isinstance(framing, str) and framing in FRAMINGS:
+            return framing, FRAMINGS[framing]
+        if callable(framing) and (not isinstance(framing, type)
+                                  or issubclass(framing, Framing)):
+            return getattr(framing, "__name__", "custom"), framing
+        raise ValueError(
+            f"framing must be {', '.join(FRAMINGS)} (all that this copy of the"
+            " file has), a subclass of Framing or a function that returns an"
+            f" instance, not {reprlib.repr(framing)}")
 
-    def _queue_event(self, conn, name, cause):
-        """Note an event; it is told when no handler runs."""
-        self._events_due.append((conn, Event(
-            conn.conid, name, *cause, conn.proto, *conn.peer, *conn.local,
-            self._clock() - conn.since, conn.bytes_in, conn.bytes_out,
-            *conn.facts())))
-        self._nudge()
+    def build(self):
+        """Return a framing for one connection, None for raw."""
+        if self.context is None and self.factory is None:
+            return None
+        inner = (self.factory or RawFraming)(
+            self.settings.max_message, self.origin == "connect")
+        if not isinstance(inner, Framing):
+            raise TypeError(f"{self.name} must return a Framing,"
+                            f" not {reprlib.repr(inner)}")
+        if self.context is None:
+            return inner
+        return _LAYERS["tls"](self.context, self.server_hostname, inner)
 
-    def _tell(self):
-        """Call the routes of the events that are due; return how many."""
-        count = 0
-        for conn, event in _take(self._events_due):
-            count += 1
-            try:
-                self._call_event(conn, event)
-            finally:
-                if event.reason is not None:
-                    self._table.remove(conn)
-        return count
+# ---------------------------------------------------------------------------
+# 16. A connection
+#
+# Connection has the socket; Messages its framing, Opening the things that are
+# needed until it is open.  All the ways to end, on one page:
+#
+#   event                      seen by                reason      manner
+#   FIN                        ready: recv() is b""   eof         send rest
+#   close frame, close_notify  Messages: closed       eof         send rest
+#   bytes that are wrong       Messages: failed       protocol    send rest
+#   RST, any error             ready, write, flush    its errno   read rest
+#   error met by a question    look                   its errno   read rest
+#   no room in the selector    watch                  its errno   read rest
+#   no address left            Opening: proceed       its errno   at once
+#   a deadline                 fire                   DEADLINES   at once
+#     behind an unread FIN     fire: look             eof         read rest
+#   tcp_close_connection       the program            closed      send rest
+#   drain                      the program            shutdown    send rest
+#   close                      the program            shutdown    at once
+#   a fault of ours            the reactor: fault     error       at once
+#
+# "Send rest": our queue, then the protocol's farewell.  "Read rest": the
+# socket is dead, but bytes that came before are delivered first.
+#
+# Connection.end is the one door.  Code that moves bytes or registers
+# descriptors ends nothing: fail() records that the socket is dead, and the
+# turn ends the connection (work).  So no call of ours ends a connection under
+# its caller.  A probe consumes what it meets: that is kept as `seen`.  It is
+# provisional; `cause`, why the connection has ended, is set once by end().
+#
+# Four more places close a socket: the next address of connect, an accepted
+# socket that nothing can be built on, a listener's end, a child after fork().
+# ---------------------------------------------------------------------------
 
-    # -- the life of a connection -----------------------------------------
+#: The manners of ending.
+_AT_ONCE, _SEND_REST, _READ_REST = "at once", "send rest", "read rest"
 
-    def _enter(self, conn, phase):
-        if conn.phase in _LIVE and phase not in _LIVE:
-            self._table.remove_peer(conn)
-        conn.phase = phase
-        conn.ready = self._handle[phase]
+#: recv() calls on a dead socket in one turn.
+_REST_READS = 16
+#: In one turn: messages of one connection that a framing finds in what one
+#: recv() brought.  Few, so that a peer that floods costs the others no time.
+_SHARE = 8
+#: recv() calls that empty a socket before it is closed: more than the largest
+#: receive buffer of a default Linux (tcp_rmem, 6 MB).
+_EMPTYING = 128
+_AGAIN = (BlockingIOError, InterruptedError)
+#: send() errors that say "not now": the bytes are queued.
+_NOT_NOW = (errno.EAGAIN, errno.EWOULDBLOCK, errno.EINTR, errno.ENOBUFS,
+            errno.ENOMEM)
+#: connect() has not failed so far.
+_UNDER_WAY = (0, errno.EINPROGRESS, errno.EWOULDBLOCK)
+#: connect() had succeeded, and the connection has ended since: FIN and RST,
+#: or an RST, maybe with data before.  In the handshake it is ECONNREFUSED.
+_ENDED_SINCE = (errno.EPIPE, errno.ECONNRESET)
+_LINGER_RESET = struct.pack("ii", 1, 0)
+#: What Messages.ask returns where a framing has raised.
+_FAILED = object()
 
-    def _arm(self, conn, due):
-        """Bring the heap up to date after one of the deadlines was set."""
-        if due < conn.wake:
-            if self._outer and due < self._deadlines.next():
-                self._nudge()
-            self._deadlines.arm(conn, due)
 
-    def _begin(self, sock, phase, origin, stack, layer=None, peer=("", 0),
-               local=("", 0)):
-        """Give a conid to a socket; return the connection."""
-        conn = Connection(origin, stack, self._lifetime, self._clock())
-        if layer is not None:
-            conn.layer, conn.proto = layer, layer.proto
-        # Not its bound methods, too: they would save a message next to
-        # nothing, and cost each connection a sixth of its memory.
-        conn.sock, conn.peer, conn.local = sock, peer, local
-        self._table.add(conn)
-        if phase is not Phase.LISTENING:
-            self._live += 1
-            self._opened += 1
-            self._table.add_peer(conn)
-        self._enter(conn, phase)
-        return conn
-
-    def _greet(self, conn):
-        """A connection stands: let its framing begin, or it is open."""
-        layer, opened = conn.layer, True
+def _socket_for(addresses):
+    """Return (socket, its address, the addresses left); or raise OSError."""
+    failure = OSError(errno.EADDRNOTAVAIL, "no address is left")
+    for count, (family, address) in enumerate(addresses, 1):
         try:
-            if layer is not None:
-                opened = self._ask(conn, lambda: (
-                    layer.begin(conn.stack.host), layer.opened)[1])
-                self._speak(conn)
-            if opened is not _FAILED and opened:
-                self._open(conn)
-        finally:  # Ctrl-C in it must not make it immortal
-            if conn.phase is Phase.OPENING:
-                conn.work_due = self._clock() + self._message_timeout
-                self._arm(conn, conn.work_due)
-            self._rewatch(conn)
+            sock = socket.socket(family, socket.SOCK_STREAM)
+        except OSError as error:
+            failure = error
+            continue
+        sock.setblocking(False)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return sock, address, addresses[count:]
+    raise failure
 
-    def _open(self, conn):
-        """A connection has become usable, unless its framing has ended it."""
-        if conn.phase not in _RECEIVING:
-            return
-        log.debug("conid %d is open, %s", conn.conid, conn.peer)
-        conn.opened = True
-        if not conn.forgotten:
-            self._queue_event(conn, "tcp:opened", (None, None, ""))
-        if conn.layer is not None:
-            conn.message = conn.layer.message
-        if conn.phase is Phase.DOOMED:
-            return  # its socket has died in the handshake
-        self._enter(conn, Phase.OPEN)
-        conn.work_due = NEVER
-        conn.active = self._clock()
-        self._arm(conn, conn.active + conn.lifetime)
-        if conn.layer is not None and conn.layer.mute:
-            return  # the end has come with the handshake
-        early, conn.early, conn.early_bytes = conn.early, (), 0
-        for payload in early:
-            data = self._ask(
-                conn, lambda: bytes(self._encode(conn, payload)))
-            if data is _FAILED or conn.phase is not Phase.OPEN:
-                break
-            self._write(conn, data)
-        if conn.forgotten:
-            self._finish(conn, conn.cause)
 
-    def _finish(self, conn, cause):
-        """End a connection as soon as what is queued has been sent."""
-        conn.cause = conn.cause or cause
-        if conn.phase is Phase.CLOSING:
-            return
-        if conn.early and cause.state is State.NOT_FOUND:
-            conn.forgotten = True  # _open comes back to it
-            return
-        try:
-            self._speak(conn)
-            if conn.phase in (Phase.OPENING, Phase.OPEN):
-                conn.work_due = NEVER
-                self._enter(conn, Phase.CLOSING)
-                self._write(conn, self._farewell(conn))
-                self._rewatch(conn)
-        finally:  # Ctrl-C in its farewell must not leave it half closed
-            if not conn.out:
-                self._end(conn)
+class Opening:
+    """The things that a connection needs until it is open, and no longer."""
 
-    def _conclude(self, conn, cause):
-        """End a connection as the peer's bytes say: they came first, also
-        where a probe has met a FIN or an RST before they were read.
-        """
-        if conn.phase in (Phase.CLOSING, Phase.ENDED):
-            return  # a handler was quicker
-        if not conn.forgotten:
-            conn.cause = None
-        self._finish(conn, cause)
+    __slots__ = ("conn", "addresses", "errno", "deadline", "early",
+                 "early_bytes")
 
-    def _doom(self, conn, cause):
-        """A socket is dead: its connection ends in this turn or the next.
+    def __init__(self, conn, addresses=()):
+        self.conn = conn
+        self.addresses = addresses  #: those that connect may still try
+        self.errno = None           #: of connect(), consumed by a question
+        self.deadline = NEVER       #: of connect, then of the handshake
+        self.early = []             #: payloads sent before it is open
+        self.early_bytes = 0
 
-        Not at once: a handler may be running, and the socket may hold bytes.
-        Nor with the kernel's next event: its error has been consumed.
-        """
-        conn.cause = conn.cause or cause
-        if conn.phase not in _LIVE:
-            self._end(conn)
-            return
-        self._enter(conn, Phase.FAILED if conn.phase is Phase.CONNECTING
-                    else Phase.DOOMED)
-        conn.out = None
-        self._deadlines.disarm(conn)
-        self._watch(conn, 0)
-        self._doomed.append(conn)
-        self._postpone(conn)
-        self._nudge()
+    def set_deadline(self, timeout):
+        """Fire after timeout seconds, unless this step is done by then."""
+        reactor = self.conn.plan.reactor
+        self.deadline = reactor.clock() + timeout
+        reactor.arm(self.conn, self.deadline)
 
-    def _bury(self, conn):
-        """Deliver what a dead socket holds, a share a turn; then end it."""
-        for _ in range(_BURY):
-            if conn.phase is Phase.FAILED:
-                break
-            if conn.phase is not Phase.DOOMED or conn.waiting:
-                return
+    def proceed(self, number):
+        """Wait for connect(), or try the next address after its errno."""
+        conn, reactor = self.conn, self.conn.plan.reactor
+        table = conn.plan.table
+        while number not in _UNDER_WAY:
             try:
-                data = conn.sock.recv(self._recv_size)
+                sock, address, self.addresses = _socket_for(self.addresses)
             except OSError as error:
                 _system_error(error)
-                data = b""
-            if not data:
-                break
-            self._receive(conn, data)
-        else:
-            return
-        if conn.cause.reason == "eof":
-            self._end_of_stream(conn)
-        self._end(conn)
+                conn.fail(Cause.of_errno(number, connecting=True))
+                return
+            with contextlib.suppress(OSError):  # closed behind our back
+                reactor.watch(conn, 0)
+            reactor.close(conn.sock)
+            table.remove_peer(conn)
+            conn.sock, conn.peer = sock, _peer_key(address)
+            table.add_peer(conn)
+            number = sock.connect_ex(address)
+        conn.local = _peer_key(conn.sock.getsockname())
+        conn.watch()
 
-    def _end(self, conn, cause=None):
-        """End a connection or a listener: the one way out."""
-        if conn.phase is Phase.ENDED:
-            return
-        phase = conn.phase
-        conn.cause = conn.cause or cause
-        if conn.soft_error and conn.cause.errno == errno.ETIMEDOUT:
-            # As the kernel would have said, had no probe asked before.
-            conn.cause = conn.cause._replace(
-                errno=conn.soft_error, detail=os.strerror(conn.soft_error))
-        unsent = len(conn.out or ()) + conn.early_bytes
-        if unsent and conn.cause.reason != "send":
-            conn.cause = conn.cause._replace(
-                detail=f"{conn.cause.detail}, {unsent} bytes unsent")
-        self._enter(conn, Phase.ENDED)
-        self._deadlines.disarm(conn)
+    def look(self):
+        """Return the State of connect(); keep an errno for the turn."""
+        conn = self.conn
+        if self.errno is None and not conn.failed:
+            state, number, _ = _look(conn.sock)
+            if state is _OK or number is None:
+                return State.CONNECT  # success, too, is for the turn to see
+            self.errno = number
+            had_succeeded = number in _ENDED_SINCE
+            if had_succeeded or not self.addresses:
+                conn.fail(Cause.of_errno(number, not had_succeeded))
+            conn.plan.reactor.later(conn)
+        return conn.seen_state() if conn.failed else State.CONNECT
+
+    def check(self):
+        """Act on the result of connect(); return whether there is one."""
+        self.look()
+        number = self._success() if self.errno is None else self.errno
+        self.errno = None
+        if number and number not in _ENDED_SINCE:
+            self.proceed(number)
+        elif number is not None:
+            self.conn.local = _peer_key(self.conn.sock.getsockname())
+            self.conn.begin()
+        return number is not None
+
+    def _success(self):
+        """Return 0, or an errno after all; None: connect() goes on."""
+        sock = self.conn.sock
         try:
-            self._watch(conn, 0)
-            self._close_socket(conn, phase)
-        finally:  # a signal handler may raise there
-            self._report_end(conn, phase is Phase.LISTENING)
-
-    def _report_end(self, conn, listening):
-        """Forget an ended connection; queue its event."""
-        log.debug("conid %d has ended, %s: %s", conn.conid, *conn.cause[::2])
-        if listening:
-            self._table.remove(conn)
-            return
-        self._live -= 1
-        self._bytes_in += conn.bytes_in
-        self._bytes_out += conn.bytes_out
-        self._ended[conn.cause.reason] += 1
-        if self._closed_event == 1 or (self._closed_event == 2
-                                       and conn.wants_event):
-            self._queue_event(conn, REASONS[conn.cause.reason], conn.cause)
-        else:
-            self._table.remove(conn)
-        conn.out = conn.layer = None
-        conn.early = ()
-        if self._resting:
-            self._resume([owner for owner in self._resting
-                          if owner.phase is Phase.LISTENING])
-
-    def _farewell(self, conn):
-        """Return what a connection's framing says before we close."""
-        if conn.layer is not None:
-            try:
-                return bytes(conn.layer.farewell(conn.cause.reason))
-            except BaseException as error:
-                self._log_raised(conn, f"framing {conn.stack.name}", error)
-        return b""
-
-    def _close_socket(self, conn, phase):
-        """Close a connection's socket so that the peer learns the truth."""
-        try:
-            if conn.out:
-                # The stream is cut short: RST, for a FIN would say that it
-                # is complete, and no orphan that the kernel goes on serving.
-                conn.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
-                                     _LINGER_RESET)
-            elif conn.cause is not None and conn.cause.errno is None:
-                farewell = phase is not Phase.CLOSING and self._farewell(conn)
-                if farewell:
-                    conn.bytes_out += conn.sock.send(farewell, _NOSIGNAL)
-                # Unread bytes would turn the FIN into an RST, which destroys
-                # what the peer has not read yet of ours.  Ends with EAGAIN
-                # or FIN, or with a peer that sends faster than we read.
-                if conn.bytes_out:
-                    any(not conn.sock.recv(_RECV_SIZE)
-                        for _ in range(_EMPTYING))
-        except OSError as error:  # so the peer knows already, or never will
-            _system_error(error)
-        finally:
-            lost = conn.sock.fileno() < 0
-            try:
-                conn.sock.close()
-            except OSError:
-                lost = True
-            if lost:
-                self._lost = 1
-
-    def _renew_selector(self):
-        """Put a fresh epoll in the place of ours: one goes on reporting what
-        was closed behind our back, as long as a duplicate lives.
-        """
-        self._lost = 0
-        if not hasattr(self._selector, "fileno"):  # pragma: no cover (select)
-            return
-        number = self._selector.fileno()
-        with selectors.DefaultSelector() as fresh:
-            for key in list(self._selector.get_map().values()):
-                try:
-                    fresh.register(key.fd, key.events)
-                except (OSError, ValueError):
-                    if isinstance(key.data, Connection):  # it is closed, too
-                        self._doom(key.data, Cause.of_errno(errno.EBADF))
-            os.dup2(fresh.fileno(), number, inheritable=False)
-        if self._outer is not None:
-            self._outer.unregister(number)
-            self._outer.register(number, _READ)
-
-    # -- input and output -------------------------------------------------
-
-    def _watch(self, conn, events):
-        """Have the selector look for these events, 0 for none."""
-        before, conn.events = conn.events, events
-        if before == events:
-            return
-        try:
-            if not events:
-                self._selector.unregister(conn.sock)
-            elif before:
-                self._selector.modify(conn.sock, events, conn)
-            else:
-                self._register(conn)
-        except (KeyError, ValueError, OSError) as error:
-            # Closed behind our back, or the system has no room for it.
-            _system_error(error)
-            conn.events = 0
-            self._doom(conn, Cause.of_errno(
-                getattr(error, "errno", None) or errno.EBADF))
-
-    def _register(self, conn):
-        """Register a connection with the selector."""
-        number = conn.sock.fileno()
-        if number in self._selector.get_map():
-            # The number belonged to a socket that was closed behind our back;
-            # the kernel has forgotten that one, the selector has not.  It
-            # must not close the number once more, for it is ours now.
-            stale = self._selector.get_key(number).data
-            self._selector.unregister(number)
-            self._lost = 1
-            if stale.sock.fileno() == number:
-                stale.sock.detach()
-            if isinstance(stale, Connection):  # else: see attend
-                stale.events = 0
-                self._doom(stale, Cause.of_errno(errno.EBADF))
-        self._selector.register(conn.sock, conn.events, conn)
-
-    def _rewatch(self, conn):
-        """Have the selector look for what the connection's state allows."""
-        events = (_WRITE if conn.out or conn.phase is Phase.CONNECTING
-                  else 0)
-        if self._over(conn):
-            if conn.phase is Phase.OPEN:
-                # We do not read: it is not the peer's fault if a message
-                # is not complete.
-                conn.work_due = NEVER
-        elif conn.phase in _READING and not conn.waiting:
-            events |= _READ
-        self._watch(conn, events)
-
-    def _over(self, conn):
-        """Whether a connection may queue, and so should read, nothing more."""
-        return (conn.out is not None
-                and len(conn.out) >= self._max_write_buffer)
-
-    def _serve(self, conn, mask):
-        """Write and read; return whether anything came of it, for _guard."""
-        done = False
-        if conn.out is not None and mask & _WRITE:
-            done = self._flush(conn)
-        # Asked again: the batch is older than what handlers did meanwhile.
-        if not (mask & _READ and conn.events & _READ):
-            return done
-        # Once.  What is left is selected again, after the others.
-        try:
-            data = conn.sock.recv(self._recv_size)
+            if sock.getpeername() != sock.getsockname():
+                return 0
         except OSError as error:
-            number = _system_error(error).errno
-            if isinstance(error, _AGAIN):
-                return done
-            self._end(conn, Cause.of_errno(number))
-            return True
-        if data:
-            self._receive(conn, data)
-        else:
-            self._end_of_stream(conn)
+            _system_error(error)
+            return None  # not yet: the batch is about an address before
+        # Nothing listens, and the kernel took that very port as ours: TCP
+        # connects a socket with itself (RFC 9293, 3.5).
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_RESET)
+        return errno.ECONNREFUSED
+
+    def keep(self, payload):
+        """Keep a payload until it is open; return whether there is room."""
+        if self.early_bytes >= self.conn.plan.settings.max_write_buffer:
+            return False
+        self.early_bytes += len(payload.encode() if type(payload) is str
+                                else payload)
+        self.early.append(payload)
         return True
 
-    def _receive(self, conn, data):
-        """Take what came from the peer."""
-        conn.bytes_in += len(data)
-        conn.active = self._clock()
-        if conn.layer is None:
-            self._message(conn, Message(self, conn, data))
-        else:
-            self._deliver(conn, data)
 
-    def _end_of_stream(self, conn):
-        """The peer has sent FIN: all before it has been delivered."""
-        layer, payload, detail = conn.layer, None, "FIN from the peer"
-        if layer is not None:
-            payload = self._ask(conn, layer.finish)
-            if payload is _FAILED:
-                return
-            detail = layer.closed or detail
-        if payload is not None and conn.opened:
-            self._hand_over(conn, payload)
-        self._conclude(conn, Cause("eof", None, detail))
+class Messages:
+    """The framing of a connection: turns its bytes into messages."""
 
-    def _deliver(self, conn, data=b""):
-        """Hand over the messages that a framing holds, up to a turn's share.
+    __slots__ = ("conn", "framing", "message", "waiting", "deadline")
+
+    def __init__(self, conn, framing):
+        self.conn, self.framing = conn, framing
+        self.message = Message  #: the class of its messages
+        self.waiting = False    #: the rest of them waits for the next turn
+        self.deadline = NEVER   #: of a message that is incomplete
+
+    def ask(self, call, *args):
+        """Call the framing; return the answer, or _FAILED after the end.
+
+        So an error of ours never passes for one of the framing's.
+        """
+        try:
+            return call(*args)
+        except BaseException as error:
+            self.failed(error)
+            return _FAILED
+
+    def failed(self, error):
+        """End the connection: its framing cannot go on."""
+        if _is_signal(_program_error(error)):
+            raise error
+        detail, conn = str(error), self.conn
+        if not isinstance(error, ProtocolError):
+            log.error("conid %d: framing %s raised", conn.conid,
+                      conn.plan.name, exc_info=error)
+            detail = f"the framing raised {error!r}"
+        conn.end(Cause("protocol", None, detail), _SEND_REST)
+
+    def begin(self):
+        """Start the handshake, if there is one."""
+        if self.ask(self.framing.begin, self.conn.plan.host) is not _FAILED:
+            self.shake_hands()
+
+    def speak(self):
+        """Send the bytes that the framing sends by itself."""
+        conn, framing = self.conn, self.framing
+        if conn.phase.reads and framing.output and not conn.failed:
+            data, framing.output = framing.output, bytearray()
+            data = self.ask(bytes, data)
+            if data is not _FAILED:
+                conn.write(data)
+
+    def shake_hands(self):
+        """Send the framing's bytes; return whether that has opened it."""
+        conn = self.conn
+        self.speak()
+        # None: a callback of the TLS context has closed it.
+        opens = (not conn.opened and conn.messages is not None
+                 and self.ask(lambda: bool(self.framing.opened)) is True
+                 and conn.phase.delivers)
+        if opens:
+            conn.open()
+        return opens
+
+    def deliver(self, data=b""):
+        """Hand over messages, up to a turn's share.
 
         data has just been received.  Stops where a handler has closed the
-        connection or filled its queue: _flush comes back for the rest.
+        connection or filled its queue: flush() comes back for the rest.
         """
-        layer, count, anew = conn.layer, 0, False
+        conn, framing, count, anew = self.conn, self.framing, 0, False
+        report = conn.plan.handlers.report
         try:
-            if data and self._ask(conn, layer.receive, data) is _FAILED:
+            if data and self.ask(framing.receive, data) is _FAILED:
                 return
-            if data and (layer.output or not conn.opened):
-                self._greeted(conn)
-            while conn.phase in _RECEIVING and not self._over(conn):
+            if (data and (framing.output or not conn.opened)
+                    and self.shake_hands()):
+                report()
+            while conn.phase.delivers and not conn.is_full():
                 if count == _SHARE:
                     if anew:
-                        conn.work_due = NEVER
-                    self._postpone(conn)
+                        self.deadline = NEVER
+                    self.postpone()
                     break
                 try:
-                    payload = layer.next_message()
-                    news = layer.output or not conn.opened
+                    payload = framing.next_message()
+                    news = framing.output or not conn.opened
                     if payload is None:
-                        closed, partial = layer.closed, layer.partial
+                        closed, partial = framing.closed, framing.partial
                     elif payload is SKIPPED:
-                        anew = anew or not layer.amid
+                        anew = anew or not framing.amid
                 except BaseException as error:
-                    self._framing_failed(conn, error)
+                    self.failed(error)
                     break
-                if news:
-                    self._greeted(conn)
-                if conn.phase not in _RECEIVING:
+                if news and self.shake_hands():
+                    report()  # tcp:opened, before the messages
+                if not conn.phase.delivers:
                     break
                 if payload is None:
                     if closed:
-                        self._end_of_stream(conn)
+                        conn.end_of_stream()
                     else:
-                        self._time_message(conn, partial, anew)
+                        self._time(partial, anew)
                     break
                 count += 1
                 if payload is not SKIPPED:
                     anew = True
-                    self._hand_over(conn, payload)
+                    self.hand_over(payload)
         except BaseException:
-            self._postpone(conn)  # Ctrl-C in a handler loses no message
+            self.postpone()  # Ctrl-C in a handler loses no message
             raise
 
-    def _hand_over(self, conn, payload):
-        """Make a message of a payload and hand it to its route."""
-        msg = self._ask(conn, conn.message, self, conn, payload)
-        if msg is not _FAILED and conn.phase in _RECEIVING:
-            self._message(conn, msg)
+    def hand_over(self, payload):
+        """Make a message of a payload and hand it to its handler."""
+        conn = self.conn
+        msg = self.ask(self.message, conn, payload)
+        if msg is not _FAILED and conn.phase.delivers:
+            conn.plan.handlers.message(conn, msg)
 
-    def _ask(self, conn, call, *args):
-        """Call a framing; return what it returns, or _FAILED at its end."""
-        try:
-            return call(*args)
-        except BaseException as error:
-            self._framing_failed(conn, error)
-            return _FAILED
-
-    def _greeted(self, conn):
-        """Send what a framing has to say; its handshake may be done."""
-        self._speak(conn)
-        # None: a callback of the TLS context has closed it.
-        if (not conn.opened and conn.layer is not None
-                and self._ask(conn, lambda: bool(conn.layer.opened)) is True):
-            self._open(conn)
-            self._tell()
-
-    def _framing_failed(self, conn, error):
-        """End a connection whose framing cannot go on."""
-        if _is_signal(_program_error(error)):
-            raise error
-        detail = str(error)
-        if not isinstance(error, ProtocolError):
-            log.error("conid %d: framing %s raised", conn.conid,
-                      conn.stack.name, exc_info=error)
-            detail = f"the framing raised {error!r}"
-        self._conclude(conn, Cause("protocol", None, detail))
-
-    def _time_message(self, conn, partial, is_new=False):
+    def _time(self, partial, anew):
         """Start, go on with or stop the time that a message may take."""
-        if conn.phase is not Phase.OPEN:
+        conn = self.conn
+        if not partial or conn.phase is not _OPEN:
+            self.deadline = NEVER
             return
-        if not partial:
-            conn.work_due = NEVER
-        elif is_new or conn.work_due == NEVER:
-            conn.work_due = conn.active + self._message_timeout
-            self._arm(conn, conn.work_due)
+        if anew or self.deadline == NEVER:
+            self.deadline = conn.renewed + conn.plan.settings.message_timeout
+        conn.plan.reactor.arm(conn, self.deadline)
 
-    def _postpone(self, conn):
-        """Leave the rest of a connection's messages to the next turn."""
-        if (conn.phase in _RECEIVING and conn.layer is not None
-                and not conn.waiting):
-            conn.waiting = True
-            self._waiting.append(conn)
-            self._rewatch(conn)
+    def postpone(self):
+        """Leave the rest of the messages to the next turn."""
+        conn = self.conn
+        if conn.phase.delivers and not self.waiting:
+            self.waiting = True
+            conn.plan.reactor.later(conn)
+            conn.watch()
 
-    def _speak(self, conn):
-        """Send what a framing has to say by itself."""
-        layer = conn.layer
-        if conn.phase in _READING and layer is not None and layer.output:
-            data, layer.output = layer.output, bytearray()
-            data = self._ask(conn, bytes, data)
-            if data is not _FAILED:
-                self._write(conn, data)
+    def farewell(self, reason):
+        """Return the last bytes that the protocol sends."""
+        conn = self.conn
+        try:
+            return bytes(self.framing.farewell(reason))
+        except BaseException as error:
+            conn.plan.handlers.log_raised(
+                conn, f"framing {conn.plan.name}", error)
+            return b""
 
-    def _send_on(self, conn, payload):
-        """Send a payload on a connection; return a Result.  See send."""
-        if type(payload) is not bytes:
-            payload = _payload(payload)
-        if conn.phase is not Phase.OPEN:
-            return self._send_early(conn, payload)
-        layer = conn.layer
-        if (conn.out is not None and self._over(conn)
-                or layer is not None and layer.mute):
-            log.debug("conid %d takes nothing to send", conn.conid)
-            return _FAILURE
-        if layer is not None or type(payload) is str:
-            payload = self._encode(conn, payload)
-            if conn.phase is not Phase.OPEN:
-                return _FAILURE  # the framing has closed it
-        return _SUCCESS if self._write(conn, payload) else _FAILURE
 
-    def _send_early(self, conn, payload):
-        """Keep a payload until connect and a framing's handshake are done."""
-        if (conn.phase not in _LIVE or conn.forgotten
-                or conn.early_bytes >= self._max_write_buffer):
-            log.debug("conid %d takes nothing to send", conn.conid)
-            return _FAILURE
-        conn.early = conn.early or []
-        conn.early_bytes += len(payload.encode() if type(payload) is str
-                                else payload)
-        conn.early.append(payload)
-        return _SUCCESS
+class Connection:
+    """A connection, from its socket to its one event.
 
-    @staticmethod
-    def _encode(conn, payload):
-        """Return the bytes that send a payload on a connection."""
-        layer = conn.layer
-        if type(payload) is str:
-            return (payload.encode() if layer is None
-                    else layer.encode_text(payload))
-        return payload if layer is None else layer.encode(payload)
+    No __dict__, since there may be tens of thousands of them.
+    """
 
-    def _write(self, conn, data):
-        """Send or queue bytes; return whether the connection stands."""
-        sent = 0
-        if conn.out is None and data:
-            try:
-                sent = conn.sock.send(data, _NOSIGNAL)
-            except OSError as error:
-                number = _system_error(error).errno
-                if number not in _NOT_NOW:
-                    self._doom(conn, Cause.of_errno(number))
-                    return False
-            else:
-                conn.bytes_out += sent
-                conn.active = self._clock()
-        if sent < len(data):
-            if conn.out is not None:
-                conn.out += data
-            else:
-                conn.out = bytearray(memoryview(data)[sent:])
-                conn.send_due = self._clock() + self._send_timeout
-                self._arm(conn, conn.send_due)
-            self._rewatch(conn)
+    __slots__ = (
+        "plan", "conid", "proto", "sock", "events", "peer", "local", "phase",
+        "opening", "messages", "queue", "failed", "seen", "icmp", "cause",
+        "opened", "wants_event", "bytes_in", "bytes_out", "since", "renewed",
+        "lifetime", "send_deadline", "keepalive", "keepalive_deadline",
+        "suspected", "fires_at")
+
+    def __init__(self, plan, framing, sock, peer, local=("", 0)):
+        self.plan, self.sock, self.peer, self.local = plan, sock, peer, local
+        self.events = 0             # selected: see Reactor.watch
+        self.phase = _NEW
+        self.opening = None         # an Opening, until it is open
+        raw = framing is None
+        self.messages = None if raw else Messages(self, framing)
+        self.proto = "tcp" if raw else framing.proto
+        self.queue = None           # a bytearray, None if empty
+        self.failed = False         # the socket is dead; the turn ends it
+        self.seen = None            # a Cause that was met
+        self.icmp = None            # errno of an ICMP error that was met
+        self.cause = None           # the Cause of its end
+        self.opened = False         # it has been usable
+        self.wants_event = False    # tcp_enable_closed_event
+        self.bytes_in = self.bytes_out = 0
+        self.since = plan.reactor.clock()
+        self.renewed = NEVER        # when its lifetime began again
+        self.lifetime = plan.settings.connection_lifetime
+        self.send_deadline = self.keepalive_deadline = NEVER
+        self.keepalive = None       # as tcp_keepalive_enable has set it
+        self.suspected = NEVER      # since when: see is_dead
+        self.fires_at = NEVER       # see Deadlines
+        table = plan.table
+        table.add(self, table.connections)
+        table.sockets += 1
+        table.begun += 1
+
+    def enter(self, phase):
+        """Change the phase: a step of LIFE, or RuntimeError."""
+        before = self.phase
+        if phase.name not in before.next:
+            raise RuntimeError(f"conid {self.conid} cannot go from"
+                               f" {before.name} to {phase.name}")
+        self.phase = phase
+        if phase.found and not before.found:
+            self.plan.table.add_peer(self)
+        elif before.found and not phase.found:
+            self.plan.table.remove_peer(self)
+
+    def connect(self, address, others):
+        """Connect the socket to an address, or to one of the others."""
+        self.enter(_CONNECTING)
+        self.opening = Opening(self, others)
+        self.opening.set_deadline(self.plan.settings.connect_timeout)
+        self.opening.proceed(self.sock.connect_ex(address))
+
+    def begin(self):
+        """Once connected: start the framing's handshake, or be open."""
+        try:
+            if self.messages is None:
+                self.open()
+                return
+            self.enter(_HANDSHAKE)
+            self.opening = self.opening or Opening(self)
+            self.messages.begin()
+        finally:  # Ctrl-C in a framing must not make it immortal
+            if self.phase is _HANDSHAKE:
+                self.opening.set_deadline(self.plan.settings.message_timeout)
+            self.watch()
+
+    def open(self):
+        """Become usable: report it, and send the early payloads."""
+        messages, opening = self.messages, self.opening
+        log.debug("conid %d is open, %s", self.conid, self.peer)
+        self.opened = True
+        if self.cause is None:
+            self.report("tcp:opened", (None, None, ""), self.queued())
+        if messages is not None:
+            messages.message = messages.framing.message
+        if self.phase is _READING_REST:
+            return  # its socket has died in the handshake
+        self.enter(_OPEN)
+        self.renew()
+        if self.failed or messages is not None and messages.framing.mute:
+            return  # the end has come with the handshake
+        self.opening = None
+        for payload in opening.early if opening is not None else ():
+            data = self.encode(payload) if messages is None else messages.ask(
+                lambda: bytes(self.encode(payload)))
+            if data is _FAILED or self.phase is not _OPEN:
+                break
+            self.write(data)
+        if self.cause is not None:
+            self.end(self.cause, _SEND_REST)
+
+    def ready(self, mask):
+        """Write and read once; return whether anything came of it."""
+        if self.phase is _CONNECTING:
+            return self.failed or self.opening.check()
+        done = False
+        if self.queue is not None and mask & _WRITE:
+            done = self.flush()
+            if self.queue is None and self.phase is _SENDING_REST:
+                self.end(self.cause)
+        # Asked again: the batch is older than what handlers did meanwhile.
+        if self.failed or not (mask & _READ and self.events & _READ):
+            return done or self.failed
+        try:
+            data = self.sock.recv(self.plan.recv_size)
+        except OSError as error:
+            if isinstance(_system_error(error), _AGAIN):
+                return done
+            self.fail(Cause.of_errno(error.errno))
+            return True
+        if data:  # the rest is selected again, after the others
+            self.receive(data)
+        else:
+            self.end_of_stream()
         return True
 
-    def _flush(self, conn, _mask=None):
+    def work(self):
+        """Do the work that was left for the turn."""
+        messages = self.messages
+        if self.phase is not _ENDED and self.sock.fileno() < 0:
+            self.fail(Cause.of_errno(errno.EBADF))  # closed behind our back
         try:
-            sent = conn.sock.send(conn.out, _NOSIGNAL)
+            if self.phase is _CONNECTING:
+                if self.failed and self.opening.errno not in _ENDED_SINCE:
+                    self.end(self.seen)
+                else:
+                    self.opening.check()
+            if self.failed and self.phase not in (_READING_REST, _CONNECTING):
+                self.end(self.seen, _READ_REST)
+            if messages is not None and messages.waiting:
+                messages.waiting = False
+                self.renewed = self.plan.reactor.clock()  # we lag behind
+                messages.deliver()
+            if self.phase is _READING_REST:
+                self._read_rest()
+            self.watch()
+        except BaseException:  # Ctrl-C in a handler must not make it immortal
+            self.plan.reactor.later(self)
+            raise
+
+    def fire(self, now):
+        """Act on the earliest deadline; return whether it had come."""
+        times = deadlines(self)
+        kind = min(times, key=times.get, default=None)
+        fired = kind is not None and times[kind] <= now
+        try:
+            if fired:
+                self._time_out(DEADLINES[kind], now)
+        finally:
+            for time in deadlines(self).values():
+                self.plan.reactor.arm(self, time)
+        return fired
+
+    def _time_out(self, row, now):
+        """End for a deadline, unless the socket holds an earlier FIN or RST
+        (reading was paused), or more of a message than one recv() took.
+        """
+        detail = row.detail(self, now)
+        if detail is None:
+            return
+        if self.phase in (_HANDSHAKE, _OPEN):
+            state, unread = self.look()
+            if state is _EOF and self.queue is None:
+                self.fail(self.seen)  # what came before it is delivered
+            if self.failed or (unread and row.reason == "message"
+                               and self.events & _READ):
+                return
+        self.end(self.seen or Cause(row.reason, row.errno, detail))
+
+    def fault(self, error):
+        """End for an error of ours, which is about to leave the loop."""
+        self.end(self.seen if self.failed else Cause(
+            "error", None, f"a fault in tcpops: {error!r}"))
+
+    def renew(self):
+        """Begin the lifetime again."""
+        reactor = self.plan.reactor
+        self.renewed = reactor.clock()
+        reactor.arm(self, self.renewed + self.lifetime)
+
+    def not_reading(self):
+        """Return why it is not read: those of NOT_READING that hold."""
+        waiting = self.messages is not None and self.messages.waiting
+        return ((("queue",) if self.is_full() else ())
+                + (("messages",) if waiting else ())
+                + (("rest",) if self in self.plan.reactor.resting else ()))
+
+    def watch(self):
+        """Have it selected for what its phase and its queue allow."""
+        phase, events = self.phase, 0
+        if phase is _CONNECTING or self.queue is not None:
+            events = _WRITE
+        if phase.reads and not self.not_reading():
+            events |= _READ
+        if events & _READ & ~self.events and phase is _OPEN:
+            self.renew()  # until now the silence was ours
+        if events != self.events:
+            try:
+                self.plan.reactor.watch(self, events)
+            except OSError as error:
+                self.fail(Cause.of_errno(error.errno))
+
+    def receive(self, data):
+        """Take bytes of the peer's."""
+        plan = self.plan
+        self.bytes_in += len(data)
+        self.renewed = plan.reactor.clock()
+        if self.messages is None:
+            plan.handlers.message(self, Message(self, data))
+        else:
+            self.messages.deliver(data)
+
+    def end_of_stream(self):
+        """End: the peer has sent FIN, and all before it was delivered."""
+        cause, messages = Cause.of("eof"), self.messages
+        if messages is not None:
+            payload = messages.ask(messages.framing.finish)
+            if payload is _FAILED:
+                return
+            cause = cause._replace(
+                detail=messages.framing.closed or cause.detail)
+            if payload is not None and self.opened:
+                messages.hand_over(payload)
+        self.end(cause, _SEND_REST)
+
+    def _read_rest(self):
+        """Deliver the bytes of a dead socket, a share a turn; then end."""
+        for _ in range(_REST_READS):
+            if self.messages is not None and self.messages.waiting:
+                break
+            try:
+                data = self.sock.recv(self.plan.recv_size)
+            except OSError as error:
+                _system_error(error)
+                data = b""
+            if data:
+                self.receive(data)
+            elif self.seen.reason == "eof":
+                self.end_of_stream()
+            else:
+                self.end(self.seen)
+            if self.phase is not _READING_REST:
+                return
+        self.plan.reactor.later(self)
+
+    def usable(self):
+        """Whether it lives and was not asked to end."""
+        return self.phase.sends and self.cause is None and not self.failed
+
+    def is_full(self):
+        """Whether it may queue, and so should read, nothing more."""
+        return (self.queue is not None and len(self.queue)
+                >= self.plan.settings.max_write_buffer)
+
+    def encode(self, payload):
+        """Return the bytes that send a payload, bytes or str."""
+        framing = None if self.messages is None else self.messages.framing
+        if type(payload) is str:
+            return (payload.encode() if framing is None
+                    else framing.encode_text(payload))
+        return payload if framing is None else framing.encode(payload)
+
+    def send(self, payload):
+        """Send or queue a payload; return a Result.  See TcpOps.send."""
+        if type(payload) is not bytes:
+            payload = _payload(payload)
+        messages = self.messages
+        if self.phase is not _OPEN or self.failed:
+            taken = self.usable() and self.opening.keep(payload)
+        elif (self.queue is not None and self.is_full()
+              or messages is not None and messages.framing.mute):
+            taken = False
+        else:
+            if messages is not None or type(payload) is str:
+                payload = self.encode(payload)  # which may have closed it
+            taken = self.phase is _OPEN and self.write(payload)
+        if taken:
+            return _SUCCESS
+        log.debug("conid %d takes nothing to send", self.conid)
+        return _FAILURE
+
+    def write(self, data):
+        """Send or queue bytes; return whether the socket stands."""
+        sent, plan = 0, self.plan
+        if self.queue is None and data:
+            try:
+                sent = self.sock.send(data, _NOSIGNAL)
+            except OSError as error:
+                if _system_error(error).errno not in _NOT_NOW:
+                    self.fail(Cause.of_errno(error.errno))
+                    return False
+            else:
+                self.bytes_out += sent
+                self.renewed = plan.reactor.clock()
+        if sent < len(data):
+            if self.queue is not None:
+                self.queue += data
+            else:
+                self.queue = bytearray(memoryview(data)[sent:])
+                self.send_deadline = (plan.reactor.clock()
+                                      + plan.settings.send_timeout)
+                plan.reactor.arm(self, self.send_deadline)
+            self.watch()
+        return True
+
+    def flush(self):
+        """Send the queue; return whether the kernel took any, or failed."""
+        was_full, plan = self.is_full(), self.plan
+        try:
+            sent = self.sock.send(self.queue, _NOSIGNAL)
         except OSError as error:
-            number = _system_error(error).errno
-            if number in _NOT_NOW:
+            if _system_error(error).errno in _NOT_NOW:
                 return False
-            self._doom(conn, Cause.of_errno(number))
+            self.fail(Cause.of_errno(error.errno))
             return True
-        was_over = self._over(conn)
-        del conn.out[:sent]
-        conn.bytes_out += sent
-        conn.active = self._clock()
-        conn.send_due = conn.active + self._send_timeout
-        if not conn.out:
-            conn.out = None
-            conn.send_due = NEVER
-            if conn.phase is Phase.CLOSING:
-                self._end(conn)
-                return True
-        if was_over and not self._over(conn):
-            self._postpone(conn)  # what the framing still holds goes first
-        self._rewatch(conn)
+        del self.queue[:sent]
+        self.bytes_out += sent
+        self.renewed = plan.reactor.clock()
+        self.send_deadline = self.renewed + plan.settings.send_timeout
+        if not self.queue:
+            self.queue, self.send_deadline = None, NEVER
+        if was_full and not self.is_full() and self.messages is not None:
+            self.messages.deadline = NEVER  # see NOT_READING: it starts again
+            self.messages.postpone()  # the rest that the framing holds first
+        self.watch()
         return sent > 0
 
-    # -- listeners and connect() ------------------------------------------
+    def set_keepalive(self, keepalive):
+        """Turn keepalive on, or off for None; OSError, and nothing is set."""
+        reactor = self.plan.reactor
+        if keepalive is None:
+            clear_keepalive(self.sock)
+            self.keepalive_deadline = NEVER
+        else:
+            set_keepalive(self.sock, keepalive)
+            self.keepalive_deadline = reactor.clock() + keepalive.limit
+        self.keepalive, self.suspected = keepalive, NEVER
+        reactor.arm(self, self.keepalive_deadline)
 
-    def _check_taking(self):
-        self._check_running()
-        if self._draining:
-            raise RuntimeError("this TcpOps is being drained")
+    def fail(self, cause):
+        """Record that the socket is dead; the turn ends the connection."""
+        self.failed = True
+        self.seen = self.seen or cause
+        self.plan.reactor.later(self)
 
-    def _check_room(self):
-        self._check_taking()
-        if self._live >= self._max_connections:
-            raise OSError(errno.EMFILE, "max_connections reached")
+    def end(self, cause, manner=_AT_ONCE):
+        """End it: the one door.  An end that has begun keeps its cause."""
+        if self.phase is _ENDED:
+            return
+        if manner is _READ_REST and self.phase in (_HANDSHAKE, _OPEN):
+            self.enter(_READING_REST)
+            self.queue, self.send_deadline = None, NEVER
+            if self.messages is not None:
+                self.messages.waiting = True  # a full queue kept them back
+            self.plan.reactor.deadlines.disarm(self)
+            return  # work() reads the rest, and comes back
+        if self.cause is None:
+            if cause.errno == errno.ETIMEDOUT and self.icmp is not None:
+                # As the kernel would have said, had no probe asked before.
+                cause = cause._replace(errno=self.icmp,
+                                       detail=os.strerror(self.icmp))
+            self.cause = cause
+        is_left = False
+        try:
+            is_left = manner is _SEND_REST and self._send_rest(cause)
+        finally:  # Ctrl-C in its farewell must not leave it half closed
+            if not is_left and self.phase is not _ENDED:
+                self._leave()
 
-    def _accept(self, listener, _mask):
-        """Accept what waits at a listener, a turn's share at the most."""
-        done = False
-        for _ in range(_BATCH):
+    def _send_rest(self, cause):
+        """Send the queue, then the farewell; return whether bytes are left."""
+        messages, opening = self.messages, self.opening
+        if (self.phase in (_CONNECTING, _HANDSHAKE) and opening is not None
+                and opening.early and not self.failed
+                and cause.state is State.NOT_FOUND):
+            return True  # open() sends them, and comes back
+        if messages is not None:
+            messages.speak()
+        if (self.phase in (_HANDSHAKE, _OPEN)
+                and (messages is not None or self.queue is not None)):
+            self.enter(_SENDING_REST)
+            if messages is not None and not self.failed:
+                self.write(messages.farewell(self.cause.reason))
+            self.watch()
+            return self.queue is not None and not self.failed
+        return self.phase is _SENDING_REST
+
+    def _leave(self):
+        """Close the socket, and report the end."""
+        plan, phase, queued = self.plan, self.phase, self.queued()
+        cut_short, self.queue = self.queue is not None, None
+        self.enter(_ENDED)
+        plan.reactor.deadlines.disarm(self)
+        try:
+            self.watch()
+            self._close(cut_short, phase)
+        finally:  # a signal handler may raise there
+            cause = self.cause
+            if queued and cause.reason != "send":
+                cause = cause._replace(
+                    detail=f"{cause.detail}, {queued} bytes unsent")
+            log.debug("conid %d has ended, %s: %s", self.conid, *cause[::2])
+            plan.table.count_end(self)
+            if plan.handlers.closed_event in (1, 1 + self.wants_event):
+                self.report(REASONS[cause.reason], cause, queued)
+            else:
+                plan.table.remove(self)
+            self.opening = self.messages = None
+            while plan.table.crowded:
+                plan.reactor.wake(plan.table.crowded.pop(0))
+
+    def _close(self, cut_short, phase):
+        """Close the socket: with FIN if the stream is complete, with RST if
+        it was cut short.
+        """
+        sock = self.sock
+        try:
+            if cut_short:
+                # A FIN would say that the stream is complete, and leave an
+                # orphan that the kernel goes on serving.
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
+                                _LINGER_RESET)
+            elif self.cause.errno is None:
+                if self.messages is not None and phase is not _SENDING_REST:
+                    farewell = self.messages.farewell(self.cause.reason)
+                    self.bytes_out += farewell and sock.send(
+                        farewell, _NOSIGNAL) or 0
+                # Unread bytes would turn the FIN into an RST, which destroys
+                # what the peer has not read yet of ours.  Ends with EAGAIN
+                # or FIN, or with a peer that sends faster than we read.
+                if self.bytes_out:
+                    any(not sock.recv(_RECV_SIZE) for _ in range(_EMPTYING))
+        except OSError as error:  # so the peer knows already, or never will
+            _system_error(error)
+        finally:
+            self.plan.reactor.close(sock)
+
+    def look(self):
+        """Probe; return (State, whether bytes wait).
+
+        Keeps what the probe has consumed, and ends nothing.
+        """
+        if self.phase is _CONNECTING:
+            return self.opening.look(), False
+        if self.seen is not None:
+            return self.seen_state(), False
+        state, number, unread = _look(self.sock)
+        if number is not None and state is _OK:
+            self.icmp = number
+        elif number is not None:
+            self.fail(Cause.of_errno(number))
+        elif state is _EOF:
+            self.seen = Cause.of("eof")
+        elif self.phase is _HANDSHAKE:
+            state = (State.CONNECT if self.plan.origin == "connect"
+                     else State.ACCEPT)
+        elif (self.plan.origin == "accept" and not unread
+              and not self.bytes_in and not self.bytes_out):
+            state = State.ACCEPT
+        return state, unread
+
+    def seen_state(self):
+        """Return the State that a probe has found."""
+        return State.BAD if self.seen.errno in _NO_SOCKET else self.seen.state
+
+    def queued(self):
+        """Return the number of bytes that wait to be sent."""
+        early = self.opening.early_bytes if self.opening is not None else 0
+        return len(self.queue or ()) + early
+
+    def report(self, name, cause, queued):
+        """Queue an event; it is reported when no handler runs."""
+        plan = self.plan
+        plan.handlers.events.append((self, Event(
+            self.conid, name, *cause, self.proto, *self.peer, *self.local,
+            plan.reactor.clock() - self.since, self.bytes_in, self.bytes_out,
+            queued, plan.origin, plan.listener, self.opened)))
+        plan.reactor.nudge()
+
+# ---------------------------------------------------------------------------
+# 17. A listener
+#
+# It is no connection: it has a conid and an end, but no bytes, deadlines or
+# events.  With no descriptor left, a peer that waits keeps it ready for ever;
+# so it rests until a connection ends, or for a short time, since descriptors
+# come free elsewhere, too.
+# ---------------------------------------------------------------------------
+
+#: accept() calls of one listener in one turn.
+_ACCEPTS = 64
+#: accept() errors that say "not now": the listener rests.
+_FULL = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+#: accept() errors of the listener itself; all others are one peer's.
+_BROKEN = (errno.EBADF, errno.ENOTSOCK, errno.EINVAL, errno.EOPNOTSUPP)
+
+
+class Listener:
+    """A listening socket, and the plan of its connections."""
+
+    __slots__ = ("plan", "conid", "proto", "sock", "events", "local", "since")
+
+    def __init__(self, plan, sock, proto):
+        self.sock = sock
+        self.events = 0
+        self.proto = proto
+        self.local = _peer_key(sock.getsockname())
+        self.since = plan.reactor.clock()
+        plan.reactor.watch(self, _READ)
+        plan.table.add(self, plan.table.listeners)
+        self.plan = plan.changed(listener=self.conid)
+
+    def ready(self, _mask):
+        """Accept the peers that wait, a turn's share at the most."""
+        table, done = self.plan.table, False
+        for _ in range(_ACCEPTS):
+            if self.sock.fileno() < 0:
+                break  # a handler has ended it
             try:
-                if self._live >= self._max_connections:
+                if table.full:
                     if done:
                         break  # whether more wait is not known yet
                     raise OSError(errno.EMFILE, "max_connections reached")
-                sock, peer = listener.sock.accept()
+                sock, peer = self.sock.accept()
             except OSError as error:
-                number = _system_error(error).errno
-                if isinstance(error, _AGAIN):
-                    break
-                if number in _FULL:
-                    self._refused += 1
-                    self._rest(listener, "accepts nothing for now:"
-                               f" {error.strerror}")
-                elif number in _BROKEN:
-                    log.error("conid %d stops listening: %s", listener.conid,
-                              error.strerror)
-                    self._end(listener, Cause.of_errno(number))
-                else:  # of that peer, which is gone
-                    log.debug("accept: %s", error.strerror)
-                    break
-                return True
+                _system_error(error)
+                return self._refused(error) or done
             done = True
-            self._admit(listener, sock, peer)
+            self._admit(sock, peer)
         return done
 
-    def _admit(self, listener, sock, peer):
+    def _refused(self, error):
+        """Act on an error of accept(); return whether anything came of it."""
+        if error.errno in _FULL:
+            self.plan.table.refused += 1
+            self.plan.table.crowded.append(self)
+            self.plan.reactor.rest(
+                self, f"accepts nothing for now: {error.strerror}")
+        elif error.errno in _BROKEN:
+            log.error("conid %d stops listening: %s", self.conid,
+                      error.strerror)
+            self.end()
+        else:
+            if not isinstance(error, _AGAIN):  # of a peer, which is gone
+                log.debug("accept: %s", error.strerror)
+            return False
+        return True
+
+    def _admit(self, sock, peer):
+        """Make a connection of an accepted socket."""
+        plan = self.plan
         try:
-            layer = listener.stack.build(self._max_message, client=False)
+            framing = plan.build()
         except BaseException as error:
             sock.close()
-            self._log_raised(listener, "the framing", error)
+            plan.handlers.log_raised(self, "the framing", error)
             return
-        if self._closing:  # by the framing
+        if plan.reactor.closing:  # by the framing
             return sock.close()
-        local = listener.local
+        local = self.local
         try:
             sock.setblocking(False)
             if local[0] in ("0.0.0.0", "::"):  # so each has its own
@@ -3407,227 +3528,108 @@ class Loop(Routes):
             if not isinstance(error, OSError) or _is_signal(error):
                 sock.close()
                 raise  # else it is reset by now; macOS says EINVAL
-        conn = self._begin(sock, Phase.OPENING, "accept", listener.stack,
-                           layer, _peer_key(peer), local)
+        conn = Connection(plan, framing, sock, _peer_key(peer), local)
         try:
-            self._greet(conn)
+            conn.begin()
         except Exception as error:
-            self._fault(conn, error)
+            if not _is_signal(error):
+                conn.fault(error)
             raise
 
-    def _rest(self, owner, text):
-        """Do not select an owner for a while: it would be ready in vain."""
-        self._complain(f"conid {owner.conid} {text}")
-        self._watch(owner, 0)
-        self._resting.append(owner)
-        self._rest_until = min(self._rest_until, self._clock() + _REST)
-
-    def _complain(self, text):
-        """Log a warning, one a second at the most."""
-        if self._clock() >= self._complain_at:
-            log.warning("%s", text)
-            self._complain_at = self._clock() + 1
-
-    def _resume(self, owners):
-        """Select owners that rest again: listeners at every end, since there
-        may be room, all in a while: descriptors come free elsewhere, too.
-        """
-        self._resting = [owner for owner in self._resting
-                         if owner not in owners]
-        for owner in owners:
-            self._rewatch(owner)
-
-    @staticmethod
-    def _socket_for(addresses):
-        """Return (socket, its address, the addresses left); or OSError."""
-        failure = OSError(errno.EADDRNOTAVAIL, "no address is left")
-        for count, (family, address) in enumerate(addresses, 1):
+    def work(self):
+        """Accept again, after a rest."""
+        if self.conid in self.plan.table.listeners:
             try:
-                sock = socket.socket(family, socket.SOCK_STREAM)
-            except OSError as error:
-                failure = error
-                continue
-            sock.setblocking(False)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            return sock, address, addresses[count:]
-        raise failure
+                self.plan.reactor.watch(self, _READ)
+            except OSError as error:  # closed behind our back
+                self._refused(error)
 
-    def _go_on_connecting(self, conn, number):
-        """Wait for connect(), or try the next address after its errno."""
-        while number not in (0, errno.EINPROGRESS, errno.EWOULDBLOCK):
-            try:
-                sock, address, rest = self._socket_for(conn.candidates)
-            except OSError as error:
-                _system_error(error)
-                self._doom(conn, Cause.of_errno(number, connecting=True))
-                return
-            self._watch(conn, 0)
-            self._close_socket(conn, conn.phase)
-            self._table.remove_peer(conn)
-            conn.candidates = rest
-            conn.sock, conn.peer = sock, _peer_key(address)
-            self._table.add_peer(conn)
-            number = sock.connect_ex(address)
-        conn.local = _peer_key(conn.sock.getsockname())
-        self._watch(conn, _WRITE)
+    fault = lambda self, error: None  # it accepts the next peer all the same
 
-    def _connect_done(self, conn, _mask):
-        """A connect() may have ended, one way or the other."""
-        state, number, _ = _look(conn.sock)
-        if state is State.OK or number is None:
-            number = 0
-            try:
-                itself = conn.sock.getpeername() == conn.sock.getsockname()
-            except OSError as error:
-                _system_error(error)
-                return False  # not yet: the batch is about an address before
-            if itself:
-                # Nobody listens, and the kernel took that very port as ours:
-                # TCP connects a socket with itself (RFC 9293, 3.5).
-                number = errno.ECONNREFUSED
-                conn.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
-                                     _LINGER_RESET)
-        self._connect_result(conn, number)
-        return True
-
-    def _connect_result(self, conn, number):
-        """Go on with the errno that a connect() has ended with, or 0."""
-        if number not in (0, errno.EPIPE, errno.ECONNRESET):
-            self._go_on_connecting(conn, number)
-            return
-        # Connected, and perhaps ended since: FIN and RST, or an RST, maybe
-        # with data before.  In the handshake it is ECONNREFUSED.
-        conn.local = _peer_key(conn.sock.getsockname())
-        self._enter(conn, Phase.OPENING)
-        if number:  # before anything is sent: send() would say EPIPE
-            self._doom(conn, Cause.of_errno(number))
-        self._greet(conn)
-
-    # -- deadlines --------------------------------------------------------
-
-    def _expire(self, now):
-        """Fire the deadlines that are due; return how many were."""
-        handled = 0
-        for _ in range(_BATCH):
-            conn = self._deadlines.pop(now)
-            if conn is None:
-                break
-            try:
-                if conn.due() <= now:
-                    self._come_due(conn, now)
-                    handled += 1
-            except Exception as error:
-                self._fault(conn, error)
-                raise
-            finally:
-                if conn.phase not in (Phase.DOOMED, Phase.ENDED):
-                    self._deadlines.arm(conn, conn.due())
-        return handled
-
-    def _come_due(self, conn, now):
-        """The earliest of a connection's deadlines has come up."""
-        due = conn.due()
-        if due == conn.work_due and conn.phase is Phase.CONNECTING:
-            self._expired(conn, "connect", "no answer in"
-                          f" {self._connect_timeout:g} s", errno.ETIMEDOUT)
-        elif due == conn.work_due:
-            what = ("message" if conn.phase is Phase.OPEN
-                    else conn.layer.handshake)
-            self._expired(conn, "message", f"{what} not complete after"
-                          f" {self._message_timeout:g} s")
-        elif due == conn.send_due:
-            self._expired(conn, "send", f"{len(conn.out)} bytes unsent after"
-                          f" {self._send_timeout:g} s")
-        elif due == conn.keepalive_due:
-            self._check_keepalive(conn, now)
-        else:
-            self._expired(conn, "lifetime", f"idle for {conn.lifetime:g} s")
-
-    def _expired(self, conn, reason, detail, number=None):
-        """End a connection for a deadline, unless its socket holds an earlier
-        FIN or RST (reading was paused), or more of a message than 64 kB.
-        """
-        if conn.phase in (Phase.OPENING, Phase.OPEN):
-            state, unread = self._probe(conn)
-            if state is _EOF and not conn.out:
-                self._doom(conn, conn.cause)  # what came before is delivered
-            elif unread and reason == "message" and conn.events & _READ:
-                return
-        if conn.phase is not Phase.DOOMED:
-            self._end(conn, Cause(reason, number, detail))
-
-    def _check_keepalive(self, conn, now):
-        """Ask the kernel whether the peer has vanished.  See is_dead."""
-        keepalive = conn.keepalive
-        suspected = now - conn.suspected >= keepalive.interval
-        info = tcp_info(conn.sock)
-        if info is None:
-            conn.keepalive_due = NEVER  # the kernel's own keepalive decides
-        elif conn.phase is Phase.CONNECTING:
-            conn.keepalive_due = now + keepalive.limit
-        elif is_dead(info, keepalive.limit, suspected):
-            self._expired(conn, "keepalive",
-                          f"silent for {info.silence:.1f} s", errno.ETIMEDOUT)
-        elif info.silence < keepalive.limit:
-            conn.suspected, conn.soft_error = NEVER, None
-            conn.keepalive_due = now + keepalive.limit - info.silence
-        else:
-            # One transmission is unanswered: the next is not far.
-            asked = info.unanswered > 0
-            conn.suspected = min(conn.suspected, now) if asked else NEVER
-            conn.keepalive_due = now + (_LOOK if asked
-                                        else keepalive.interval)
-
-    # -- states -----------------------------------------------------------
-
-    def _state(self, conn):
-        """Return a connection's State: what is latched, or else a probe."""
-        if conn.phase is Phase.LISTENING:
-            return State.ACCEPT
-        if conn.forgotten:
-            return State.NOT_FOUND
-        if conn.cause is None:
-            return self._probe(conn)[0]
-        if conn.cause.errno in _NO_SOCKET and conn.phase is not Phase.ENDED:
-            return State.BAD
-        return conn.cause.state
-
-    def _probe(self, conn):
-        """Return (State, whether bytes wait); keep what that has consumed."""
-        state, number, unread = _look(conn.sock)
-        fatal = number is not None and state is not _OK
-        if conn.phase is Phase.CONNECTING:
-            # Until the loop has taken notice, also if it has just succeeded.
-            if fatal:
-                self._connect_result(conn, number)
-            if conn.cause is None:
-                return State.CONNECT, False
-            return self._state(conn), False
-        if number:
-            conn.soft_error = number
-        if fatal:
-            self._doom(conn, Cause.of_errno(number))
-        elif state is _EOF:
-            conn.cause = Cause("eof", None, "FIN from the peer")
-        elif conn.phase is Phase.OPENING:
-            state = (State.CONNECT if conn.origin == "connect"
-                     else State.ACCEPT)
-        elif (conn.origin == "accept" and not unread
-              and not conn.bytes_in and not conn.bytes_out):
-            state = State.ACCEPT
-        return state, unread
-
-    def _last_look(self, conn):
-        """Before we end a connection: an RST that came is the reason, a FIN
-        is not unless it was seen.
-        """
-        if conn.cause is None:
-            self._state(conn)
-            if conn.phase in (Phase.OPENING, Phase.OPEN):
-                conn.cause = None
+    def end(self):
+        """Stop listening."""
+        with contextlib.suppress(OSError):
+            self.plan.reactor.watch(self, 0)
+        self.plan.table.listeners.pop(self.conid, None)
+        self.plan.reactor.close(self.sock)
 
 # ---------------------------------------------------------------------------
-# 15. The functions of the specification
+# 18. Questions
+#
+# Asking changes nothing: a question opens, connects and ends nothing and
+# reports no event.  A probe may consume an error; that is kept (look), and the
+# turn acts on it.
+# ---------------------------------------------------------------------------
+
+
+class ConnectionInfo(NamedTuple):
+    """A snapshot of a connection, see TcpOps.connection.
+
+    Times are in seconds; deadline is a time of the loop's clock (that of
+    time.monotonic unless another one was given), None if there is none.
+    """
+
+    conid: int
+    proto: str
+    si: str                 #: the peer's address and port
+    sp: int
+    Ri: str                 #: our address and port
+    Rp: int
+    framing: str
+    state: State
+    age: float              #: since the conid was handed out
+    idle: float             #: since the last byte in either direction
+    lifetime: float
+    deadline: Optional[float]       #: when the earliest of its deadlines fires
+    keepalive: Optional[Keepalive]  #: as the kernel has it, None if off
+    bytes_in: int
+    bytes_out: int
+    queued: int             #: bytes of our queue
+    origin: str             #: "accept", "connect", "attach" or "listen"
+    listener: Optional[int]         #: conid of the listener that accepted it
+    opened: bool            #: whether it has been usable
+    phase: str              #: a row of LIFE; "listening"
+    deadlines: dict         #: seconds left, by kinds of DEADLINES
+
+
+def is_gone(conn):
+    """Say whether the program has asked a connection to end."""
+    return conn.cause is not None and conn.cause.state is State.NOT_FOUND
+
+
+def state_of(conn):
+    """Return the State of a connection or a listener."""
+    if isinstance(conn, Listener):
+        return State.ACCEPT
+    return conn.look()[0] if conn.cause is None else conn.cause.state
+
+
+def snapshot(conn):
+    """Return the ConnectionInfo of a connection, None if it has ended."""
+    if conn.phase is _ENDED or is_gone(conn):
+        return None
+    answer, times = state_of(conn), deadlines(conn)
+    now = conn.plan.reactor.clock()
+    return ConnectionInfo(
+        conn.conid, conn.proto, *conn.peer, *conn.local, conn.plan.name,
+        answer, now - conn.since, max(0.0, now - conn.renewed), conn.lifetime,
+        min(times.values(), default=None), get_keepalive(conn.sock),
+        conn.bytes_in, conn.bytes_out, conn.queued(), conn.plan.origin,
+        conn.plan.listener, conn.opened, conn.phase.name,
+        {kind: time - now for kind, time in times.items()})
+
+
+def snapshot_of_listener(listener):
+    """Return the ConnectionInfo of a listener."""
+    plan = listener.plan
+    return ConnectionInfo(
+        listener.conid, listener.proto, "", 0, *listener.local, plan.name,
+        State.ACCEPT, plan.reactor.clock() - listener.since, 0.0,
+        plan.settings.connection_lifetime, None, get_keepalive(listener.sock),
+        0, 0, 0, "listen", None, False, "listening", {})
+
+# ---------------------------------------------------------------------------
+# 19. The functions of the specification
 #
 # In the specification's order.  They never raise on what a caller passes: a
 # wrong value or a conid that is of no use is one log line and -1, and nothing
@@ -3661,32 +3663,11 @@ def _script_function(takes, failure=Result.FAILURE, name=None):
     return decorate
 
 
-class TcpOps(Loop):
-    """Every TCP connection by its number, and the loop that runs them.
+class SpecFunctions:
+    """The functions of the specification, and of its newer releases.
 
-    Settings (keyword arguments; ValueError for a wrong one):
-
-    closed_event         whose end is told: 0 nobody's, 1 every connection's,
-                         2 where tcp_enable_closed_event was called (spec 2.1)
-    event_callback       called with the event's name instead of any route
-    connection_lifetime  seconds of idleness allowed to a new connection
-    connect_timeout      seconds for connect
-    send_timeout         seconds without progress of what is queued to send
-    message_timeout      seconds from a message's first byte to its last, and
-                         for a framing's handshake
-    max_connections      None: what the process may open, less a reserve
-    max_message          bytes
-    max_write_buffer     bytes queued, for each connection
-    clock                a function that returns seconds
-
-    Not for several threads: only stop and call_soon may be called from
-    another one.  In a child after fork() it is closed, without any event, and
-    the parent's does not notice.
+    Each has the specification's name, arguments and return codes.
     """
-
-    def __repr__(self):
-        return (f"<TcpOps: {len(self.listeners())} listeners,"
-                f" {self._live} connections>")
 
     # -- which connection is meant ----------------------------------------
 
@@ -3695,10 +3676,10 @@ class TcpOps(Loop):
         if type(conid) is int:
             return self._table.get(conid)
         if conid is _CURRENT:
-            if self._current is None:
+            if self._handlers.current is None:
                 raise _ArgumentError("no conid is given, and no message or"
                                      " event is being handled")
-            return self._current
+            return self._handlers.current
         return self._table.get(
             _number(conid, "conid", -NEVER, NEVER, whole=True))
 
@@ -3708,10 +3689,10 @@ class TcpOps(Loop):
         if conn is None:
             _number(conid, "conid", -sys.maxsize, sys.maxsize, whole=True)
             raise _ArgumentError(f"there is no connection {conid}")
-        if conn.phase in _LIVE and not conn.forgotten:
-            return conn
-        if conn.phase is Phase.LISTENING:
+        if isinstance(conn, Listener):
             raise _ArgumentError(f"conid {conid} is a listener")
+        if conn.usable():
+            return conn
         raise _ArgumentError(f"connection {conn.conid} is ending")
 
     # -- spec 3.1 to 3.6 --------------------------------------------------
@@ -3723,7 +3704,7 @@ class TcpOps(Loop):
         FAILURE: it has errors, does not exist or is about to be closed.
         """
         conn = self._known(conid)
-        return (Result.SUCCESS if conn is not None and self._state(conn)
+        return (Result.SUCCESS if conn is not None and state_of(conn)
                 else Result.FAILURE)
 
     @_script_function("[conid]", State.NOT_FOUND)
@@ -3734,7 +3715,7 @@ class TcpOps(Loop):
         of ours, else ERROR; afterwards NOT_FOUND for ever.
         """
         conn = self._known(conid)
-        return State.NOT_FOUND if conn is None else self._state(conn)
+        return State.NOT_FOUND if conn is None else state_of(conn)
 
     @_script_function("[conid], idle, count, interval")
     def tcp_keepalive_enable(self, conid, idle, count, interval):
@@ -3751,21 +3732,16 @@ class TcpOps(Loop):
             _number(value, name, 1, _MAX_SECONDS, whole=True)
             for name, value in zip(Keepalive._fields,
                                    (idle, count, interval))))
-        set_keepalive(conn.sock, keepalive)
         if keepalive == self._last_keepalive:
             keepalive = self._last_keepalive  # one object for all alike
-        self._last_keepalive = conn.keepalive = keepalive
-        conn.suspected = NEVER
-        conn.keepalive_due = self._clock() + keepalive.limit
-        self._arm(conn, conn.keepalive_due)
+        conn.set_keepalive(keepalive)
+        self._last_keepalive = keepalive
         return Result.SUCCESS
 
     @_script_function("[conid]")
     def tcp_keepalive_disable(self, conid):
         """Turn keepalive off.  Spec: 3.4."""
-        conn = self._usable(conid)
-        clear_keepalive(conn.sock)
-        conn.keepalive, conn.keepalive_due = None, NEVER
+        self._usable(conid).set_keepalive(None)
         return Result.SUCCESS
 
     @_script_function("[conid], lifetime")
@@ -3777,8 +3753,7 @@ class TcpOps(Loop):
         """
         conn = self._usable(conid)
         conn.lifetime = _number(lifetime, "lifetime", 0, _MAX_SECONDS)
-        conn.active = self._clock()
-        self._arm(conn, conn.active + conn.lifetime)
+        conn.renew()
         return _SUCCESS
 
     @_script_function("[conid]")
@@ -3787,9 +3762,10 @@ class TcpOps(Loop):
 
         Without a conid FAILURE unless closed_event is 2, as in the original.
         """
-        if conid is _CURRENT and self.closed_event != 2:
+        mode = self._handlers.closed_event
+        if conid is _CURRENT and mode != 2:
             raise _ArgumentError("without a conid it needs closed_event 2,"
-                                 f" not {self.closed_event}")
+                                 f" not {mode}")
         self._usable(conid).wants_event = True
         return Result.SUCCESS
 
@@ -3804,12 +3780,11 @@ class TcpOps(Loop):
         before, noticed or not: then that is the reason.
         """
         conn = self._known(conid)
-        if conn is not None:
-            self._last_look(conn)
-        if conn is None or conn.phase is not Phase.LISTENING:
-            conn = self._usable(conid)
-        conn.forgotten = True
-        self._finish(conn, Cause("closed", None, "closed by conid"))
+        if isinstance(conn, Listener):
+            conn.end()
+            return Result.SUCCESS
+        self._usable(conid).look()
+        self._usable(conid).end(Cause.of("closed"), _SEND_REST)
         return Result.SUCCESS
 
     @_script_function("address")
@@ -3826,7 +3801,7 @@ class TcpOps(Loop):
     def tcp_con_alive(self, address):
         """Return SUCCESS if there is a usable connection with a peer."""
         conn = self._peer(*_parse_uri(address))
-        return (Result.SUCCESS if conn is not None and self._state(conn)
+        return (Result.SUCCESS if conn is not None and state_of(conn)
                 else Result.FAILURE)
 
     @_script_function("conid")
@@ -3834,8 +3809,8 @@ class TcpOps(Loop):
         """Name the connection on which forward is to send, for the message
         being handled; FAILURE outside of its handler.
         """
-        self._check_in_message()
-        self._otcpid = self._usable(conid).conid
+        outbound = self._outbound()
+        outbound["conid"] = self._usable(conid).conid
         return Result.SUCCESS
 
     @_script_function("mode")
@@ -3843,21 +3818,267 @@ class TcpOps(Loop):
         """Have forward heed tcp_set_otcpid (mode not 0) or not (mode 0), for
         the message being handled; off when its handler is called.
         """
-        self._check_in_message()
-        self._use_otcpid = _number(mode, "mode", -NEVER, NEVER,
+        outbound = self._outbound()
+        outbound["heed"] = _number(mode, "mode", -NEVER, NEVER,
                                    whole=True) != 0
         return Result.SUCCESS
 
-    def _check_in_message(self):
-        if self._current is None or self._event is not None:
+    def _outbound(self):
+        """Return what forward is to heed for the message being handled."""
+        handlers = self._handlers
+        if handlers.current is None or handlers.event is not None:
             raise _ArgumentError("only in the handler of a message")
+        if handlers.outbound is None:
+            handlers.outbound = {}
+        return handlers.outbound
 
     def _peer(self, host, port, protos):
         found = (self._table.find_peer(_peer_key(address), protos)
                  for _, address in _resolve(host, port))
         return next((conn for conn in found if conn is not None), None)
 
-    # -- sending ----------------------------------------------------------
+# ---------------------------------------------------------------------------
+# 20. TcpOps
+#
+# What a program holds: it puts the pieces above together.
+# ---------------------------------------------------------------------------
+
+#: Descriptors left for the host program where max_connections is not given.
+_RESERVE = 32
+
+
+def _room(limit):
+    """Return max_connections; None: what the process may open, less some."""
+    if limit is not None:
+        return _number(limit, "max_connections", 1, sys.maxsize, whole=True)
+    try:
+        import resource
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    except ImportError:  # pragma: no cover (Windows has no such limit)
+        return NEVER
+    return NEVER if soft == resource.RLIM_INFINITY else max(1, soft - _RESERVE)
+
+
+#: Every TcpOps that lives, for fork: see TcpOps._abandon.
+_instances = weakref.WeakSet()
+
+
+def _abandon_all():
+    """In a child after fork(): give up the copies of the parent's sockets."""
+    for ops in list(_instances):
+        ops._abandon()
+
+
+if hasattr(os, "register_at_fork"):  # pragma: no branch (Windows)
+    os.register_at_fork(after_in_child=_abandon_all)
+
+
+def _part(name, member):
+    """Return a method, or a property, that a part of TcpOps has for it."""
+    if isinstance(member, property):
+        return property(
+            lambda ops: member.fget(getattr(ops, name)),
+            lambda ops, value: member.fset(getattr(ops, name), value),
+            doc=member.__doc__)
+
+    @functools.wraps(member)
+    def _call(self, *args, **named):
+        return member(getattr(self, name), *args, **named)
+    return _call
+
+
+def _setting(name):
+    """Return the property for one of Settings."""
+    return property(lambda ops: getattr(ops._settings, name),
+                    lambda ops, value: ops._change(**{name: value}),
+                    doc=f"{name}: see TcpOps.")
+
+
+class TcpOps(SpecFunctions):
+    """Every TCP connection by its number, and the loop that runs them.
+
+    Settings (keyword arguments; ValueError for a wrong one).  Each can be
+    read under its name, and but for clock assigned; it counts for the
+    connections made afterwards:
+
+    closed_event         whose end is reported: 0 no one's, 1 every
+                         connection's, 2 where tcp_enable_closed_event was
+                         called (spec 2.1)
+    event_callback       called with the event's name instead of any handler
+    connection_lifetime  seconds of idleness allowed to a connection
+    connect_timeout      seconds for connect
+    send_timeout         seconds without progress of the queue
+    message_timeout      seconds from a message's first byte to its last, and
+                         for a framing's handshake
+    max_connections      None: what the process may open, less a reserve
+    max_message          bytes
+    max_write_buffer     bytes queued, for each connection
+    clock                a function that returns seconds
+
+    Not for several threads: only stop and call_soon may be called from
+    another one.  In a child after fork() it is closed, without any event, and
+    the parent's does not notice.
+    """
+
+    def __init__(self, *, closed_event=1, event_callback=None,
+                 connection_lifetime=120, connect_timeout=10, send_timeout=10,
+                 message_timeout=20, max_connections=None, max_message=65536,
+                 max_write_buffer=1048576, clock=time.monotonic):
+        self._settings = Settings().changed(
+            connection_lifetime=connection_lifetime,
+            connect_timeout=connect_timeout, send_timeout=send_timeout,
+            message_timeout=message_timeout, max_message=max_message,
+            max_write_buffer=max_write_buffer)
+        if not callable(clock):
+            raise ValueError(f"clock must be callable, not {clock!r}")
+        self._table = Table(NEVER)
+        self.max_connections = max_connections
+        self._handlers = Handlers(self._table, closed_event, event_callback)
+        self._reactor = Reactor(clock, self._handlers)
+        self._draining = False
+        self._last_keepalive = None  # what was enabled last
+        _instances.add(self)
+
+    def __repr__(self):
+        return (f"<TcpOps: {len(self._table.listeners)} listeners,"
+                f" {self._table.sockets} connections>")
+
+    # -- settings ---------------------------------------------------------
+
+    clock = property(lambda ops: ops._reactor.clock,
+                     doc="The function that returns the loop's time.")
+    event = property(lambda ops: ops._handlers.event,
+                     doc="The current event, None outside of its handler.")
+    closed = property(lambda ops: ops._reactor.closing,
+                      doc="Whether close() was called.")
+
+    def _change(self, **values):
+        self._settings = self._settings.changed(**values)
+        for listener in self._table.listeners.values():
+            listener.plan = listener.plan.changed(settings=self._settings)
+
+    max_connections = property(
+        lambda ops: ops._table.limit,
+        lambda ops, limit: setattr(ops._table, "limit", _room(limit)),
+        doc="Connections at once; inf if nothing limits them.")
+    closed_event = _part("_handlers", Handlers.closed_event)
+    event_callback = _part("_handlers", Handlers.event_callback)
+    modparam = _part("_handlers", Handlers.modparam)
+
+    # -- handlers ---------------------------------------------------------
+
+    request_route = _part("_handlers", Handlers.request_route)
+    onreply_route = _part("_handlers", Handlers.onreply_route)
+    event_route = _part("_handlers", Handlers.event_route)
+
+    @property
+    def conid(self):
+        """The conid of the current message or event; None outside."""
+        current = self._handlers.current
+        return None if current is None else current.conid
+
+    attend = _part("_reactor", Reactor.attend)
+    dismiss = _part("_reactor", Reactor.dismiss)
+
+    # -- connections ------------------------------------------------------
+
+    def _plan(self, *how):
+        return Plan(self._handlers, self._table, self._reactor,
+                    self._settings, *how)
+
+    def listen(self, host, port, *, framing="raw", tls=None,
+               backlog=socket.SOMAXCONN, reuse_port=False):
+        """Accept connections; return the listener's conid.
+
+        framing is a name in FRAMINGS or a subclass of Framing, tls an
+        ssl.SSLContext for servers, with its certificate.  host is an address
+        or a name ("" for every IPv4 address), port 0 lets the system choose:
+        connection(conid).Rp says what it chose.  "::" is every IPv6 address
+        and no IPv4 one.  Raises OSError.
+        """
+        plan = self._plan("accept", framing, tls)
+        trial = plan.build()
+        self._check_taking()
+        family, address = _resolve(host or "0.0.0.0", port, passive=True)[0]
+        try:
+            sock = socket.create_server(address, family=family,
+                                        backlog=backlog, reuse_port=reuse_port)
+        except OSError as error:  # without the library's words
+            raise OSError(error.errno, os.strerror(error.errno)) from None
+        try:
+            sock.setblocking(False)
+            proto = "tcp" if trial is None else trial.proto
+            return Listener(plan, sock, proto).conid
+        except BaseException:
+            sock.close()
+            raise
+
+    def set_tls(self, listener, context):
+        """Give a listener another ssl.SSLContext, for its new connections."""
+        found = (self._table.listeners.get(listener)
+                 if type(listener) is int else None)
+        if found is None or found.plan.context is None:
+            raise ValueError("set_tls takes the conid of a listener with TLS,"
+                             f" not {reprlib.repr(listener)}")
+        _LAYERS["tls"].check_context(context, client=False)
+        found.plan = found.plan.changed(context=context)
+
+    def connect(self, host, port, *, framing="raw", tls=None,
+                server_hostname=None):
+        """Start to connect; return the conid.
+
+        tls is an ssl.SSLContext for clients, which says what is verified;
+        server_hostname is the name in the certificate where it is not host.
+
+        An event reports the outcome: tcp:opened, or an end.  What is sent
+        meanwhile is queued.  A name is looked up at once, which may block; its
+        addresses are tried in turn, all within connect_timeout.  Raises
+        OSError (no such name, no descriptor), ValueError (not a name).
+        """
+        plan = self._plan("connect", framing, tls, server_hostname,
+                          (host, port))
+        addresses = _resolve(host, port)
+        layer = plan.build()
+        self._check_room()
+        sock, address, others = _socket_for(addresses)
+        conn = Connection(plan, layer, sock, _peer_key(address))
+        conn.connect(address, others)
+        return conn.conid
+
+    def attach(self, sock, *, framing="raw"):
+        """Adopt a connected TCP socket; return its conid.
+
+        The socket belongs to the loop from then on: do not close it.  Raises
+        ValueError for any other kind of socket, OSError if not connected.
+        """
+        plan = self._plan("attach", framing)
+        ssl = sys.modules.get("ssl")  # not loaded: then it is not one
+        if (not isinstance(sock, socket.socket)
+                or ssl and isinstance(sock, ssl.SSLSocket)
+                or sock.type != socket.SOCK_STREAM
+                or sock.family not in (socket.AF_INET, socket.AF_INET6)):
+            raise ValueError("attach takes a plain TCP socket,"
+                             f" not {reprlib.repr(sock)}")
+        peer = _peer_key(sock.getpeername())
+        local = _peer_key(sock.getsockname())
+        if self._reactor.holds(sock):
+            raise ValueError(f"{sock!r} is attached already")
+        layer = plan.build()
+        self._check_room()
+        sock.setblocking(False)
+        conn = Connection(plan, layer, sock, peer, local)
+        conn.begin()
+        return conn.conid
+
+    def _check_taking(self):
+        self._reactor.check_running()
+        if self._draining:
+            raise RuntimeError("this TcpOps is being drained")
+
+    def _check_room(self):
+        self._check_taking()
+        if self._table.full:
+            raise OSError(errno.EMFILE, "max_connections reached")
 
     def send(self, conid, payload):
         """Send payload on a connection; return a Result.
@@ -3869,8 +4090,7 @@ class TcpOps(Loop):
         """
         payload = _payload(payload)
         conn = self._found(conid)
-        return (Result.FAILURE if conn is None
-                else self._send_on(conn, payload))
+        return Result.FAILURE if conn is None else conn.send(payload)
 
     @_script_function("conid", None, "send")
     def _found(self, conid):
@@ -3887,15 +4107,15 @@ class TcpOps(Loop):
         """
         payload = _payload(payload)
         conn = self._way_to(address)
-        return (Result.FAILURE if conn is None
-                else self._send_on(conn, payload))
+        return Result.FAILURE if conn is None else conn.send(payload)
 
     @_script_function("address", None, "forward")
     def _way_to(self, address):
         """Return the connection for forward, or None after a log line."""
         host, port, protos = _parse_uri(address)
-        if self._use_otcpid and self._otcpid is not None:
-            conn = self._usable(self._otcpid)
+        outbound = self._handlers.outbound or {}
+        if outbound.get("heed") and "conid" in outbound:
+            conn = self._usable(outbound["conid"])
         else:
             conn = self._peer(host, port, protos)
         proto = "tcp" if conn is None else conn.proto
@@ -3907,13 +4127,138 @@ class TcpOps(Loop):
                 self._check_taking()
             except RuntimeError as error:
                 raise _ArgumentError(error) from None
-            framing = "raw" if self._current is None else (
-                self._current.stack.factory or "raw")
-            conn = self._table.get(self.connect(host, port, framing=framing))
+            current = self._handlers.current
+            framing = current.plan.factory if current is not None else None
+            conn = self._table.get(
+                self.connect(host, port, framing=framing or "raw"))
         return conn
 
+    # -- questions --------------------------------------------------------
+
+    def connection(self, conid):
+        """Return a ConnectionInfo of a connection or listener, or None."""
+        conn = self._table.get(conid) if type(conid) is int else None
+        if isinstance(conn, Listener):
+            return snapshot_of_listener(conn)
+        return None if conn is None else snapshot(conn)
+
+    def conids(self):
+        """Return a list of the conids of connections, without any probe."""
+        return [conn.conid for conn in self._connections()
+                if not is_gone(conn)]
+
+    def connections(self):
+        """Return a list of the ConnectionInfo of every connection."""
+        return list(filter(None, map(self.connection, self.conids())))
+
+    def listeners(self):
+        """Return a list of the ConnectionInfo of every listener."""
+        return list(map(snapshot_of_listener, self._table.listeners.values()))
+
+    def _connections(self):
+        """Return the connections that have not ended."""
+        return [conn for conn in self._table.connections.values()
+                if conn.phase is not _ENDED]
+
+    def stats(self):
+        """Return counts since the start, as a dict.
+
+        opened (connections), ended ({reason: count}), accepts_refused (how
+        often a listener met a lack of room), bytes_in and bytes_out.
+        """
+        table, live = self._table, self._connections()
+        return {
+            "opened": table.begun,
+            "ended": dict(table.ended),
+            "accepts_refused": table.refused,
+            "bytes_in": table.bytes_in + sum(c.bytes_in for c in live),
+            "bytes_out": table.bytes_out + sum(c.bytes_out for c in live),
+        }
+
+    # -- running ----------------------------------------------------------
+
+    run = _part("_reactor", Reactor.run)
+    step = _part("_reactor", Reactor.step)
+    stop = _part("_reactor", Reactor.stop)
+    call_soon = _part("_reactor", Reactor.call_soon)
+    fileno = _part("_reactor", Reactor.fileno)
+    next_deadline = _part("_reactor", Reactor.next_deadline)
+
+    def drain(self, timeout):
+        """Stop accepting, send what is queued, and end every connection.
+
+        Returns when all have ended, after timeout seconds (of real time) at
+        the latest.  Their reason is "shutdown", or "reset" after an RST.
+        """
+        timeout = _number(timeout, "timeout", 0, _MAX_SECONDS)
+        self._reactor.check_outside()
+        end = time.monotonic() + timeout
+        self._draining = True
+        try:
+            for listener in list(self._table.listeners.values()):
+                listener.end()
+            cause = Cause("shutdown", None, "drained")
+            for conn in self._connections():
+                if conn.usable():
+                    conn.look()  # an RST that came before is the reason
+                if not conn.failed:
+                    conn.end(cause, _SEND_REST)
+            while self._table.sockets and time.monotonic() < end:
+                self.step(max(0, end - time.monotonic()))
+            for conn in self._connections():
+                conn.end(cause)
+            while self._handlers.events:
+                self.step(0)
+        finally:
+            self._draining = False
+
+    def close(self):
+        """End every connection at once, report the events, free everything.
+
+        From inside a handler: when that has returned.  A second call does
+        nothing.
+        """
+        reactor = self._reactor
+        if reactor.closing:
+            return
+        reactor.closing = True
+        for listener in list(self._table.listeners.values()):
+            listener.end()
+        for conn in self._connections():
+            if conn.usable():
+                conn.look()  # an RST that came before is the reason
+            conn.end(conn.seen if conn.failed else Cause.of("shutdown"))
+        if not reactor.turning:
+            reactor.release()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def _abandon(self):
+        """Close this process's copies and touch nothing that is shared.
+
+        After fork() the selector and the sockets are the parent's too: to
+        unregister, to read or to end something here would be felt there.
+        Not to close would keep the parent's peers from ever seeing its FIN.
+        """
+        for conn in self._connections():
+            conn.enter(_ENDED)
+        for held in (self._table.connections, self._table.listeners):
+            while held:
+                with contextlib.suppress(OSError):
+                    held.popitem()[1].sock.close()
+        self._table.sockets = 0
+        self._reactor.abandon()
+
+
+for _name in Settings._fields:
+    setattr(TcpOps, _name, _setting(_name))
+
 # ---------------------------------------------------------------------------
-# 16. The command line
+# 21. The command line
 #
 # A program on the public names, like any other.  What it prints waits for no
 # reader: one that stops reading would stop the loop, and every connection.

@@ -82,7 +82,7 @@ help, ?                          this
 tcp_NAME ARGUMENT...             a function of the specification, one of
 """ + "\n".join(
     "  " + re.sub(r"[][,]", "", f"{name} {function.takes.upper()}")
-    for name, function in vars(tcpops.TcpOps).items()
+    for name, function in vars(tcpops.SpecFunctions).items()
     if name.startswith("tcp_") and "otcpid" not in name)
 
 FILTERS = """
@@ -639,7 +639,7 @@ class Facade:
 
     def __init__(self, ops):
         # Registering nothing but names and checks: it runs no handler.
-        routes = tcpops.Routes(1, None)
+        routes = tcpops.Handlers(None)
         vars(self).update(_ops=ops, _routes=routes, _request=None,
                           _onreply=None, event_route=routes.event_route)
 
@@ -676,9 +676,9 @@ class Facade:
 
     def happened(self, event):
         """Call the file's handler of an event, if it has one."""
-        handler = self._routes.event_handler(event)
+        handler, argument = self._routes.handler_of(event)
         if handler is not None:
-            handler(event)
+            handler(argument)
 
 
 def load_routes(path, facade):

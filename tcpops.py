@@ -1762,7 +1762,8 @@ _LAYERS["tls"] = TlsFraming
 # of deadline (DEADLINES), and why a connection is not read (NOT_READING), for
 # the peer's silence is ours then.  Connection.enter is the only way from phase
 # to phase, and raises for a step that is not in LIFE.  The next deadline, the
-# one that fires and those of a snapshot all come from deadlines().
+# one that fires and those of a snapshot all come from deadlines_of(); a change
+# that makes one earlier also calls Reactor.arm.
 # ---------------------------------------------------------------------------
 
 
@@ -1798,7 +1799,7 @@ LIFE = types.MappingProxyType({
 NOT_READING = types.MappingProxyType({
     "queue": ("message",),                 # its queue is over the limit
     "messages": ("message", "lifetime"),   # its messages fill a turn's share
-    "rest": ("message", "lifetime"),       # its descriptor rests
+    "suspended": ("message", "lifetime"),  # it was ready in vain
 })
 
 
@@ -1813,7 +1814,7 @@ class Deadline(NamedTuple):
 
 
 #: Seconds between two looks at a peer that is suspected to have vanished.
-_LOOK_AGAIN = 0.25
+_PROBE_AGAIN = 0.25
 
 
 def _of_opening(conn, phase):
@@ -1822,7 +1823,7 @@ def _of_opening(conn, phase):
 
 def _incomplete(conn, what):
     return (f"{what} not complete after"
-            f" {conn.plan.settings.message_timeout:g} s")
+            f" {conn.plan.settings.message_timeout:.9g} s")
 
 
 def _vanished(conn, now):
@@ -1843,7 +1844,7 @@ def _vanished(conn, now):
         # One transmission is unanswered: the next is not far.
         asked = info.unanswered > 0
         conn.suspected = min(conn.suspected, now) if asked else NEVER
-        conn.keepalive_deadline = now + (_LOOK_AGAIN if asked
+        conn.keepalive_deadline = now + (_PROBE_AGAIN if asked
                                          else keepalive.interval)
     return None
 
@@ -1853,7 +1854,7 @@ DEADLINES = types.MappingProxyType({
     "connect": Deadline(
         lambda conn: _of_opening(conn, _CONNECTING), "connect",
         errno.ETIMEDOUT, lambda conn, now:
-        f"no answer in {conn.plan.settings.connect_timeout:g} s"),
+        f"no answer in {conn.plan.settings.connect_timeout:.9g} s"),
     "handshake": Deadline(
         lambda conn: _of_opening(conn, _HANDSHAKE), "message", None,
         lambda conn, now: _incomplete(conn, conn.messages.framing.handshake)),
@@ -1864,18 +1865,18 @@ DEADLINES = types.MappingProxyType({
     "send": Deadline(
         lambda conn: conn.send_deadline, "send", None, lambda conn, now:
         f"{len(conn.queue)} bytes unsent after"
-        f" {conn.plan.settings.send_timeout:g} s"),
+        f" {conn.plan.settings.send_timeout:.9g} s"),
     "keepalive": Deadline(
         lambda conn: conn.keepalive_deadline, "keepalive", errno.ETIMEDOUT,
         _vanished),
     "lifetime": Deadline(
         lambda conn: (NEVER if conn.phase is _HANDSHAKE
                       else conn.renewed + conn.lifetime),
-        "lifetime", None, lambda conn, now: f"idle for {conn.lifetime:g} s"),
+        "lifetime", None, lambda conn, now: f"idle for {conn.lifetime:.9g} s"),
 })
 
 
-def deadlines(conn):
+def deadlines_of(conn):
     """Return {kind: time} of the deadlines that a connection has."""
     if conn.phase is _READING_REST or conn.phase is _ENDED:
         return {}
@@ -1902,7 +1903,7 @@ class Table:
         self.limit = limit       #: connections that may have a socket
         self.connections = {}    #: by conid
         self.listeners = {}      #: by conid
-        self.crowded = []        #: listeners that rest for want of room
+        self.crowded = []        #: listeners suspended for want of room
         self.sockets = 0         #: connections that have a socket
         self.begun = 0           #: connections that got a conid
         self.refused = 0         #: accepts for which there was no room
@@ -2123,8 +2124,8 @@ _BATCH = 64
 _LONGEST_WAIT = 86400
 #: Turns in a row in which a descriptor was ready and nothing came of it.
 _SPIN = 100
-#: Seconds for which an owner rests, unless it is woken before.
-_REST = 0.1
+#: Seconds for which an owner is suspended, unless it is resumed before.
+_SUSPENSION = 0.1
 
 
 def _unread(sock):
@@ -2165,12 +2166,12 @@ class Reactor:
     def __init__(self, clock, handlers):
         self.clock = clock
         self.deadlines = Deadlines()
-        self.resting = {}       #: owners that are not selected for a while
+        self.suspended = {}       #: owners that are not selected for a while
         self.turning = self.stopping = self.closing = False
         self._handlers = handlers
         self._work = collections.OrderedDict()  # of owners, see later
         self._calls = collections.deque()       # of (function, arguments)
-        self._rest_until = NEVER    # when the resting owners are woken
+        self._resume_at = NEVER     # when the suspended owners are resumed
         self._owner = None      # whose turn it is
         self._in_vain = {}      # owner: turns in a row, see _guard
         self._empty_waits = 0   # since a descriptor was lost, plus 1; 0: none
@@ -2190,7 +2191,7 @@ class Reactor:
 
         Raises OSError: its descriptor is no more, or there is no room for it.
         """
-        if owner in self.resting:
+        if owner in self.suspended:
             events = 0
         before, owner.events = owner.events, events
         try:
@@ -2235,18 +2236,18 @@ class Reactor:
         self._work[owner] = None
         self.nudge()
 
-    def rest(self, owner, why):
+    def suspend(self, owner, why):
         """Do not select an owner for a while: it would be ready in vain."""
         self.complain(f"conid {owner.conid} {why}")
         with contextlib.suppress(OSError):  # work() will find it closed
             self.watch(owner, 0)
-        self.resting[owner] = None
-        self._rest_until = min(self._rest_until, self.clock() + _REST)
+        self.suspended[owner] = None
+        self._resume_at = min(self._resume_at, self.clock() + _SUSPENSION)
 
-    def wake(self, owner):
-        """End an owner's rest, if it rests."""
-        if owner in self.resting:
-            del self.resting[owner]
+    def resume(self, owner):
+        """Select an owner again, if it is suspended."""
+        if owner in self.suspended:
+            del self.suspended[owner]
             self.later(owner)
 
     def close(self, sock):
@@ -2423,7 +2424,7 @@ class Reactor:
         """Return when a turn has something to do: a time, or NEVER."""
         if self._handlers.events or self._work or self._calls:
             return -NEVER
-        return min(self.deadlines.next(), self._rest_until)
+        return min(self.deadlines.next(), self._resume_at)
 
     def _patience(self, limit):
         """Return how many seconds the next wait may take, None: no limit."""
@@ -2461,11 +2462,11 @@ class Reactor:
                 if self._owner is None:
                     break
                 handled += self._owner.fire(now) + report()
-            if self._rest_until <= now:
-                self._rest_until = NEVER
-                handled += len(self.resting)
-                for owner in list(self.resting):
-                    self.wake(owner)
+            if self._resume_at <= now:
+                self._resume_at = NEVER
+                handled += len(self.suspended)
+                for owner in list(self.suspended):
+                    self.resume(owner)
         except Exception as error:
             if self._owner is not None and not _is_signal(error):
                 self._owner.fault(error)
@@ -2492,7 +2493,7 @@ class Reactor:
         return handled
 
     def _guard(self, in_vain):
-        """Have owners rest that are ready again and again, and in vain."""
+        """Suspend owners that are ready again and again, and in vain."""
         before = self._in_vain
         self._in_vain = {owner: before.get(owner, 0) + 1 for owner in in_vain}
         for owner, count in self._in_vain.items():
@@ -2502,7 +2503,7 @@ class Reactor:
             elif count >= _SPIN and self._empty_waits:
                 self._renew_selector()  # it may be another's, of its number
             elif count >= _SPIN and not isinstance(owner, _Attended):
-                self.rest(owner, f"rests: it was ready {count} times in a"
+                self.suspend(owner, f"rests: it was ready {count} times in a"
                           " row, and nothing came of it")
 
     def _renew_selector(self):
@@ -2531,7 +2532,7 @@ class Reactor:
             except BaseException as error:  # Ctrl-C: the rest is reported, too
                 failure = failure or error
         self.turning = False
-        self.resting.clear()
+        self.suspended.clear()
         self._work.clear()
         for held in (self._outer, self._selector, self._waker, self._woken):
             if held is not None:
@@ -2560,6 +2561,12 @@ class Reactor:
 
 #: Bytes asked of one recv(): one turn of one connection.
 _RECV_SIZE = 65536
+_SECONDS, _BYTES = (0.001, _MAX_SECONDS), (1, sys.maxsize, True)
+#: Least and largest value, and whether it is whole.
+_LIMITS = {"connection_lifetime": (0, _MAX_SECONDS),
+           "connect_timeout": _SECONDS, "send_timeout": _SECONDS,
+           "message_timeout": _SECONDS, "max_message": _BYTES,
+           "max_write_buffer": _BYTES}
 
 
 class Settings(NamedTuple):
@@ -2574,11 +2581,8 @@ class Settings(NamedTuple):
 
     def changed(self, **values):
         """Return a copy with other values, or raise ValueError."""
-        return self._replace(**{
-            name: _number(value, name, *(
-                (1, sys.maxsize, True) if name.startswith("max") else
-                (0 if name == "connection_lifetime" else 0.001, _MAX_SECONDS)))
-            for name, value in values.items()})
+        return self._replace(**{name: _number(value, name, *_LIMITS[name])
+                                for name, value in values.items()})
 
 
 class Plan:
@@ -2655,11 +2659,12 @@ class Plan:
 #   close frame, close_notify  Messages: closed       eof         send rest
 #   bytes that are wrong       Messages: failed       protocol    send rest
 #   RST, any error             ready, write, flush    its errno   read rest
-#   error met by a question    look                   its errno   read rest
+#   error met by a question    probe                  its errno   read rest
 #   no room in the selector    watch                  its errno   read rest
 #   no address left            Opening: proceed       its errno   at once
 #   a deadline                 fire                   DEADLINES   at once
-#     behind an unread FIN     fire: look             eof         read rest
+#     behind an unread FIN     fire: probe            eof         read rest
+#     and with a queue         fire: probe            eof         at once
 #   tcp_close_connection       the program            closed      send rest
 #   drain                      the program            shutdown    send rest
 #   close                      the program            shutdown    at once
@@ -2759,7 +2764,7 @@ class Opening:
         conn.local = _peer_key(conn.sock.getsockname())
         conn.watch()
 
-    def look(self):
+    def probe(self):
         """Return the State of connect(); keep an errno for the turn."""
         conn = self.conn
         if self.errno is None and not conn.failed:
@@ -2775,7 +2780,7 @@ class Opening:
 
     def check(self):
         """Act on the result of connect(); return whether there is one."""
-        self.look()
+        self.probe()
         number = self._success() if self.errno is None else self.errno
         self.errno = None
         if number and number not in _ENDED_SINCE:
@@ -3032,7 +3037,7 @@ class Connection:
         log.debug("conid %d is open, %s", self.conid, self.peer)
         self.opened = True
         if self.cause is None:
-            self.report("tcp:opened", (None, None, ""), self.queued())
+            self.queue_event("tcp:opened", (None, None, ""), self.queued())
         if messages is not None:
             messages.message = messages.framing.message
         if self.phase is _READING_REST:
@@ -3102,30 +3107,34 @@ class Connection:
 
     def fire(self, now):
         """Act on the earliest deadline; return whether it had come."""
-        times = deadlines(self)
+        times = deadlines_of(self)
         kind = min(times, key=times.get, default=None)
         fired = kind is not None and times[kind] <= now
         try:
             if fired:
                 self._time_out(DEADLINES[kind], now)
         finally:
-            for time in deadlines(self).values():
+            for time in deadlines_of(self).values():
                 self.plan.reactor.arm(self, time)
         return fired
 
     def _time_out(self, row, now):
-        """End for a deadline, unless the socket holds an earlier FIN or RST
-        (reading was paused), or more of a message than one recv() took.
+        """End for a deadline; but a FIN or RST that is still unread comes
+        first, and more of a message than one recv() took puts it off.
         """
         detail = row.detail(self, now)
         if detail is None:
             return
         if self.phase in (_HANDSHAKE, _OPEN):
-            state, unread = self.look()
+            state, unread = self.probe()
             if state is _EOF and self.queue is None:
                 self.fail(self.seen)  # what came before it is delivered
-            if self.failed or (unread and row.reason == "message"
-                               and self.events & _READ):
+            if unread and row.reason == "message" and self.events & _READ:
+                step = (self.messages if self.phase is _OPEN
+                        else self.opening)
+                step.deadline = now + _PROBE_AGAIN
+                return
+            if self.failed:
                 return
         self.end(self.seen or Cause(row.reason, row.errno, detail))
 
@@ -3142,10 +3151,11 @@ class Connection:
 
     def not_reading(self):
         """Return why it is not read: those of NOT_READING that hold."""
-        waiting = self.messages is not None and self.messages.waiting
-        return ((("queue",) if self.is_full() else ())
-                + (("messages",) if waiting else ())
-                + (("rest",) if self in self.plan.reactor.resting else ()))
+        reasons = {
+            "queue": self.is_full(),
+            "messages": self.messages is not None and self.messages.waiting,
+            "suspended": self in self.plan.reactor.suspended}
+        return [why for why, holds in reasons.items() if holds]
 
     def watch(self):
         """Have it selected for what its phase and its queue allow."""
@@ -3363,13 +3373,14 @@ class Connection:
                     detail=f"{cause.detail}, {queued} bytes unsent")
             log.debug("conid %d has ended, %s: %s", self.conid, *cause[::2])
             plan.table.count_end(self)
-            if plan.handlers.closed_event in (1, 1 + self.wants_event):
-                self.report(REASONS[cause.reason], cause, queued)
+            mode = plan.handlers.closed_event
+            if mode == 1 or mode == 2 and self.wants_event:
+                self.queue_event(REASONS[cause.reason], cause, queued)
             else:
                 plan.table.remove(self)
             self.opening = self.messages = None
             while plan.table.crowded:
-                plan.reactor.wake(plan.table.crowded.pop(0))
+                plan.reactor.resume(plan.table.crowded.pop(0))
 
     def _close(self, cut_short, phase):
         """Close the socket: with FIN if the stream is complete, with RST if
@@ -3397,13 +3408,13 @@ class Connection:
         finally:
             self.plan.reactor.close(sock)
 
-    def look(self):
+    def probe(self):
         """Probe; return (State, whether bytes wait).
 
         Keeps what the probe has consumed, and ends nothing.
         """
         if self.phase is _CONNECTING:
-            return self.opening.look(), False
+            return self.opening.probe(), False
         if self.seen is not None:
             return self.seen_state(), False
         state, number, unread = _look(self.sock)
@@ -3430,7 +3441,7 @@ class Connection:
         early = self.opening.early_bytes if self.opening is not None else 0
         return len(self.queue or ()) + early
 
-    def report(self, name, cause, queued):
+    def queue_event(self, name, cause, queued):
         """Queue an event; it is reported when no handler runs."""
         plan = self.plan
         plan.handlers.events.append((self, Event(
@@ -3495,7 +3506,7 @@ class Listener:
         if error.errno in _FULL:
             self.plan.table.refused += 1
             self.plan.table.crowded.append(self)
-            self.plan.reactor.rest(
+            self.plan.reactor.suspend(
                 self, f"accepts nothing for now: {error.strerror}")
         elif error.errno in _BROKEN:
             log.error("conid %d stops listening: %s", self.conid,
@@ -3557,8 +3568,8 @@ class Listener:
 # 18. Questions
 #
 # Asking changes nothing: a question opens, connects and ends nothing and
-# reports no event.  A probe may consume an error; that is kept (look), and the
-# turn acts on it.
+# reports no event.  A probe may consume an error; Connection.probe keeps that,
+# and the turn acts on it.
 # ---------------------------------------------------------------------------
 
 
@@ -3601,14 +3612,14 @@ def state_of(conn):
     """Return the State of a connection or a listener."""
     if isinstance(conn, Listener):
         return State.ACCEPT
-    return conn.look()[0] if conn.cause is None else conn.cause.state
+    return conn.probe()[0] if conn.cause is None else conn.cause.state
 
 
 def snapshot(conn):
     """Return the ConnectionInfo of a connection, None if it has ended."""
     if conn.phase is _ENDED or is_gone(conn):
         return None
-    answer, times = state_of(conn), deadlines(conn)
+    answer, times = state_of(conn), deadlines_of(conn)
     now = conn.plan.reactor.clock()
     return ConnectionInfo(
         conn.conid, conn.proto, *conn.peer, *conn.local, conn.plan.name,
@@ -3783,7 +3794,7 @@ class SpecFunctions:
         if isinstance(conn, Listener):
             conn.end()
             return Result.SUCCESS
-        self._usable(conid).look()
+        self._usable(conid).probe()
         self._usable(conid).end(Cause.of("closed"), _SEND_REST)
         return Result.SUCCESS
 
@@ -4200,7 +4211,7 @@ class TcpOps(SpecFunctions):
             cause = Cause("shutdown", None, "drained")
             for conn in self._connections():
                 if conn.usable():
-                    conn.look()  # an RST that came before is the reason
+                    conn.probe()  # an RST that came before is the reason
                 if not conn.failed:
                     conn.end(cause, _SEND_REST)
             while self._table.sockets and time.monotonic() < end:
@@ -4226,7 +4237,7 @@ class TcpOps(SpecFunctions):
             listener.end()
         for conn in self._connections():
             if conn.usable():
-                conn.look()  # an RST that came before is the reason
+                conn.probe()  # an RST that came before is the reason
             conn.end(conn.seen if conn.failed else Cause.of("shutdown"))
         if not reactor.turning:
             reactor.release()
@@ -4302,8 +4313,8 @@ _ERASE = "\r\x1b[K"
 _LISTED = 100   #: Connections that are listed in one turn of the loop.
 _QUEUED = 1000  #: Lines that wait for whoever reads them.
 #: Long payloads are shown by their beginning and end.
-_BYTES = reprlib.Repr()
-_BYTES.maxother = _BYTES.maxstring = 72
+_PAYLOADS = reprlib.Repr()
+_PAYLOADS.maxother = _PAYLOADS.maxstring = 72
 #: What a person may try a listener with, where nc alone will not do.
 _CLIENTS = {"sip": r"printf 'OPTIONS sip:x SIP/2.0\r\nl:0\r\n\r\n' | nc {} {}",
             "ws": "new WebSocket('ws://{2}') in a browser"}
@@ -4385,7 +4396,7 @@ def _describe(info):
     return (f"conid {info.conid}  {info.proto}"
             f" {_format_peer(info.si, info.sp)}  {info.state}"
             f" {info.state.name}  age {info.age:.1f} s, idle {info.idle:.1f}"
-            f" of {info.lifetime:g} s, keepalive {keepalive},"
+            f" of {info.lifetime:.9g} s, keepalive {keepalive},"
             f" {info.bytes_in} bytes in, {info.bytes_out} out")
 
 
@@ -4494,20 +4505,20 @@ class _Program:
 
     def _message(self, msg):
         self._show("message", msg.conid,
-                   f"{len(msg.data)} bytes  {_BYTES.repr(msg.payload)}")
+                   f"{len(msg.data)} bytes  {_PAYLOADS.repr(msg.payload)}")
         if self._options.echo:
             msg.reply(msg.payload)
 
     def _event(self, event):
         text = f"{event.proto} {_format_peer(event.si, event.sp)}"
-        if event.reason is not None:
+        if event.is_end:
             text = (f"{event.reason}  {event.age:.1f} s, {event.bytes_in}"
                     f" bytes in, {event.bytes_out} out")
             if event.detail not in _PLAIN_DETAILS:
                 text += f"  ({event.detail})"
         self._show(event.name, event.conid, text)
         self._opened = self._opened or event.opened
-        if event.reason is None and self._options.keepalive:
+        if not event.is_end and self._options.keepalive:
             self._ops.tcp_keepalive_enable(*self._options.keepalive)
 
     def _start_console(self):

@@ -345,7 +345,7 @@ def make_world():
         ops = world.ops
         ops.close()
         assert not ops._table.connections and not ops._table.sockets and not len(ops._reactor.deadlines._heap)
-        assert not ops._handlers.events and not ops._reactor.resting
+        assert not ops._handlers.events and not ops._reactor.suspended
         counts = ops.stats()
         assert counts["opened"] == sum(counts["ended"].values())
         for sock in world.socks:
@@ -6223,6 +6223,27 @@ class TestLoop:
         assert set(ended) == set(tcpops.REASONS)
         assert {r: n for r, n in ended.items() if n} == {"eof": 1}
 
+    def test_a_flood_holds_off_no_other_s_deadline(self, make_world, clock):
+        """A message of which more is here than was read is put off alone."""
+        world = make_world(framing="line", clock=clock, max_message=1 << 30,
+                           message_timeout=3)
+        (sock, _), (_, idle) = world.client(), world.client()
+        world.ops.tcp_set_connection_lifetime(idle, 10)
+        sock.setblocking(False)
+        for _ in range(24):
+            with contextlib.suppress(BlockingIOError):
+                while sock.send(bytes(65536)):
+                    pass
+            clock.advance(0.5)
+            world.ops.step(0)
+        assert [event.conid for event in world.ends()] == [idle]
+
+    def test_seconds_are_printed_in_full(self, timed):
+        _, conid = timed.client()
+        timed.ops.tcp_set_connection_lifetime(conid, 3605000)
+        timed.clock.advance(3605000)
+        assert timed.end(conid).detail == "idle for 3605000 s"
+
     def test_the_tables_are_read_only(self):
         for table in (tcpops.LIFE, tcpops.DEADLINES, tcpops.NOT_READING):
             with pytest.raises(TypeError):
@@ -6639,13 +6660,13 @@ class TestLoop:
             conn.sock = ScriptedSocket.of(conn.sock, send=errno.ENOBUFS)
             timed.ops.send(conid, b"hello")
         timed.settle()
-        assert len(timed.ops._reactor.resting) == 2
+        assert len(timed.ops._reactor.suspended) == 2
         timed.ops.tcp_set_connection_lifetime(conids[0], 0)
         timed.settle()
         assert timed.ops.step(0) == 0
         timed.clock.advance(0.1)
         timed.ops.step(0)
-        assert not timed.ops._reactor.resting
+        assert not timed.ops._reactor.suspended
         assert timed.ops.tcp_conid_alive(conids[1])
 
     def test_ready_again_and_again_for_nothing_in_between(self, timed,
@@ -6657,7 +6678,7 @@ class TestLoop:
         for _ in range(3):
             timed.talk(sock)
             conn.sock.script = {"recv": [errno.EAGAIN] * 99}
-        assert not logged and not timed.ops._reactor.resting
+        assert not logged and not timed.ops._reactor.suspended
 
     @pytest.mark.parametrize("reused", [False, True])
     @pytest.mark.parametrize("ending", ["loop", "state", "lifetime"])
@@ -6698,9 +6719,9 @@ class TestLoop:
     def test_a_later_rest_puts_off_no_one(self, timed):
         sock, conid = timed.client()
         conn = timed.ops._table.get(conid)
-        timed.ops._reactor.rest(conn, "rests")
+        timed.ops._reactor.suspend(conn, "rests")
         timed.clock.advance(0.06)
-        timed.ops._reactor.rest(timed.ops._table.get(timed.listener), "rests")
+        timed.ops._reactor.suspend(timed.ops._table.get(timed.listener), "rests")
         sock.send(b"x")
         assert timed.ops.step(0) == 0
         assert timed.ops.next_deadline() == pytest.approx(timed.clock() + 0.04)
@@ -6916,7 +6937,7 @@ class TestLoop:
         """It stops listening; its number is not closed once more."""
         ops = timed.ops
         listener = ops._table.get(timed.listener)
-        ops._reactor.rest(listener, "rests")
+        ops._reactor.suspend(listener, "rests")
         listener.sock.close()
         timed.clock.advance(0.1)
         timed.settle()
@@ -6928,6 +6949,7 @@ class TestLoop:
             os.close(right.fileno())
             assert tcpops._unread(right) is None
             right.detach()
+            assert tcpops._unread(right) == b""
 
     @pytest.mark.parametrize("form", Alarms(None).forms())
     @pytest.mark.parametrize("kind, number", [
@@ -7131,7 +7153,7 @@ class TestLoop:
         elif where == "event":
             sock.sendall(b"x")
             world.on_message = lambda msg: msg.conid == conid and (
-                ops._table.get(conid).report("tcp:opened",
+                ops._table.get(conid).queue_event("tcp:opened",
                                             (None, None, ""), 0))
         elif where in ("message", "line"):
             sock.sendall(b"x\n")

@@ -936,7 +936,7 @@ class Server:
     def _happened(self, event):
         fields = event._asdict()
         fields = {"event": fields.pop("name"), **fields}
-        if event.reason is None:
+        if not event.is_end:
             text = f"{event.proto} {format_address(event.si, event.sp)}"
             self._report("opened", event.name, event.conid, text, fields)
             self._set_up(event)

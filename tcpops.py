@@ -1797,9 +1797,12 @@ LIFE = types.MappingProxyType({
 
 #: Why a connection is not read, and the deadlines that wait until it is.
 NOT_READING = types.MappingProxyType({
-    "queue": ("message",),                 # its queue is over the limit
-    "messages": ("message", "lifetime"),   # its messages fill a turn's share
-    "suspended": ("message", "lifetime"),  # it was ready in vain
+    # Its queue is over the limit.
+    "queue": ("handshake", "message"),
+    # Its messages fill a turn's share.
+    "messages": ("handshake", "message", "lifetime"),
+    # Its descriptor was ready in vain.
+    "suspended": ("handshake", "message", "lifetime"),
 })
 
 
@@ -3164,8 +3167,12 @@ class Connection:
             events = _WRITE
         if phase.reads and not self.not_reading():
             events |= _READ
-        if events & _READ & ~self.events and phase is _OPEN:
-            self.renew()  # until now the silence was ours
+        if events & _READ & ~self.events:  # until now the silence was ours
+            if phase is _OPEN:
+                self.renew()
+            for part in (self.opening, self.messages):
+                if part is not None:
+                    self.plan.reactor.arm(self, part.deadline)
         if events != self.events:
             try:
                 self.plan.reactor.watch(self, events)
@@ -3292,7 +3299,10 @@ class Connection:
         if not self.queue:
             self.queue, self.send_deadline = None, NEVER
         if was_full and not self.is_full() and self.messages is not None:
-            self.messages.deadline = NEVER  # see NOT_READING: it starts again
+            # See NOT_READING: the peer's time begins again.
+            self.messages.deadline = NEVER
+            if self.phase is _HANDSHAKE:
+                self.opening.set_deadline(plan.settings.message_timeout)
             self.messages.postpone()  # the rest that the framing holds first
         self.watch()
         return sent > 0

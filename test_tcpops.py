@@ -344,7 +344,8 @@ def make_world():
     for world in worlds:
         ops = world.ops
         ops.close()
-        assert not ops._table.connections and not ops._table.sockets and not len(ops._reactor.deadlines._heap)
+        assert not ops._table.connections and not ops._table.sockets
+        assert not ops._reactor.deadlines._heap
         assert not ops._handlers.events and not ops._reactor.suspended
         counts = ops.stats()
         assert counts["opened"] == sum(counts["ended"].values())
@@ -836,27 +837,171 @@ class TestAddresses:
             assert tcpops.parse_address(uri) == ("h", port)
 
 
+#: Values of each setting that raise ValueError, and one that does not.
+WRONG_SETTINGS = {
+    "closed_event": [3, -1, "x", None, True, 1.0, b"1"],
+    "event_callback": ["name", 5],
+    "connection_lifetime": [-1, "x", None, True, float("nan"), float("inf"),
+                            2 ** 31],
+    "connect_timeout": [0, -1, None, "x"],
+    "send_timeout": [0, -1, None, []],
+    "message_timeout": [0, -1, None, {}],
+    "max_connections": [0, -1, 1.5, "x", True],
+    "max_message": [0, -1, None, 1.5],
+    "max_write_buffer": [0, -1, None, "x"],
+    "clock": [None, 5],
+}
+RIGHT_SETTINGS = {
+    "closed_event": 2, "event_callback": print, "connection_lifetime": 0,
+    "connect_timeout": 0.5, "send_timeout": 1, "message_timeout": 2.5,
+    "max_connections": 3, "max_message": 4, "max_write_buffer": 5,
+    "clock": time.time,
+}
+
+
 class TestSettings:
     """What TcpOps takes."""
 
     @pytest.mark.parametrize("name, value", [
-        (name, value)
-        for name, values in {
-            "closed_event": [3, -1, "x", None, True, 1.0, b"1"],
-            "event_callback": ["name", 5],
-            "connection_lifetime": [-1, "x", None, True, float("nan"),
-                                    float("inf"), 2 ** 31],
-            "connect_timeout": [0, -1, None, "x"],
-            "send_timeout": [0, -1, None, []],
-            "message_timeout": [0, -1, None, {}],
-            "max_connections": [0, -1, 1.5, "x", True],
-            "max_message": [0, -1, None, 1.5],
-            "max_write_buffer": [0, -1, None, "x"],
-            "clock": [None, 5],
-        }.items() for value in values])
+        (name, value) for name, values in WRONG_SETTINGS.items()
+        for value in values])
     def test_wrong_values_raise_value_error(self, name, value):
         with pytest.raises(ValueError, match=name):
             tcpops.TcpOps(**{name: value})
+
+    @pytest.mark.parametrize("name, value", [
+        (name, value) for name, values in WRONG_SETTINGS.items()
+        for value in values if name != "clock"])
+    def test_a_wrong_value_that_is_assigned_changes_nothing(self, name, value):
+        with tcpops.TcpOps() as ops:
+            before = [getattr(ops, other) for other in WRONG_SETTINGS]
+            with pytest.raises(ValueError, match=name):
+                setattr(ops, name, value)
+            assert before == [getattr(ops, other) for other in WRONG_SETTINGS]
+
+    def test_each_is_read_under_its_name(self):
+        names = inspect.signature(tcpops.TcpOps).parameters
+        assert {*names} == {*RIGHT_SETTINGS} == {*WRONG_SETTINGS}
+        with tcpops.TcpOps() as ops:
+            for name, parameter in names.items():
+                if name != "max_connections":
+                    assert getattr(ops, name) == parameter.default
+        with tcpops.TcpOps(**RIGHT_SETTINGS) as ops:
+            for name, value in RIGHT_SETTINGS.items():
+                assert getattr(ops, name) == value
+
+    def test_each_but_clock_can_be_assigned(self):
+        with tcpops.TcpOps() as ops:
+            with pytest.raises(AttributeError):
+                ops.clock = time.time
+            for name, value in RIGHT_SETTINGS.items():
+                if name != "clock":
+                    setattr(ops, name, value)
+                    assert getattr(ops, name) == value
+            ops.connection_lifetime, ops.max_message = "60", "9"
+            assert (ops.connection_lifetime, ops.max_message) == (60, 9)
+            ops.max_connections = None
+            assert ops.max_connections == tcpops._room(None)
+
+    @pytest.fixture
+    def made(self, make_world, clock):
+        """Return a function that makes connections of three origins, with
+        their peers, and the world.
+        """
+        world = make_world(framing="line", clock=clock)
+
+        def make():
+            left, right = tcp_pair()
+            world.socks.append(left)
+            return [world.client(), world.outgoing(framing="line"),
+                    (left, world.ops.attach(right, framing="line"))]
+        return world, make
+
+    @pytest.mark.parametrize("name, kind", [
+        ("message_timeout", "message"), ("send_timeout", "send"),
+        ("connection_lifetime", "lifetime")])
+    def test_seconds_count_for_new_connections(self, made, name, kind):
+        """Also for those that an older listener accepts."""
+        world, make = made
+        ops = world.ops
+        old, before = make(), getattr(ops, name)
+        setattr(ops, name, 7)
+        for pairs, seconds in ((old, before), (make(), 7)):
+            for sock, conid in pairs:
+                sock.send(b"begun")
+                world.settle()
+                if kind == "send":
+                    fill(world, conid)
+                info = ops.connection(conid)
+                assert info.deadlines[kind] == seconds
+                if kind == "lifetime":
+                    assert info.lifetime == seconds
+
+    def test_seconds_count_for_new_connects(self, timed):
+        with full_backlog() as address:
+            old = timed.ops.connect(*address)
+            timed.ops.connect_timeout = 7
+            new = timed.ops.connect(*address)
+            for conid, seconds in ((old, 10), (new, 7)):
+                assert timed.ops.connection(conid).deadlines == {
+                    "connect": seconds}
+            timed.clock.advance(7)
+            assert timed.end(new).detail == "no answer in 7 s"
+            timed.clock.advance(3)
+            assert timed.end(old).detail == "no answer in 10 s"
+
+    def test_a_handshake_s_seconds(self, timed):
+        ops = timed.ops
+        port = ops.connection(ops.listen("127.0.0.1", 0,
+                                         framing=Greeting)).Rp
+        for seconds in (20, 7):
+            ops.message_timeout = seconds
+            timed.socks.append(socket.create_connection(("127.0.0.1", port)))
+            timed.until(lambda: len(ops.conids()) == 1 + (seconds == 7))
+        assert [info.deadlines["handshake"] for info in ops.connections()] == [
+            20, 7]
+
+    def test_the_longest_message_of_new_connections(self, made):
+        world, make = made
+        old = make()
+        world.ops.max_message = 9
+        for sock, conid in old:
+            assert world.talk(sock, b"more than nine\n").conid == conid
+        for sock, conid in make():
+            assert world.talk(sock, b"no longer\n").conid == conid
+            sock.send(b"more than nine\n")
+            event = world.end(conid)
+            assert (event.reason, event.detail) == (
+                "protocol", "a line of over 9 bytes")
+        raw = world.ops.listen("127.0.0.1", 0)
+        world.port = world.ops.connection(raw).Rp
+        (one, _) = world.client()
+        world.ops.max_message = 3
+        (two, _) = world.client()
+        assert world.talk(one, b"abcdef").data == b"abcdef"
+        assert world.talk(two, b"abcdef").data == b"abc"
+
+    def test_the_queue_of_new_connections(self, made):
+        world, make = made
+        old = make()
+        world.ops.max_write_buffer = 1
+        for pairs, taken in ((old, 1), (make(), -1)):
+            for _, conid in pairs:
+                fill(world, conid)
+                assert world.ops.send(conid, b"x") == taken
+
+    def test_max_connections_counts_at_once(self, world):
+        ops = world.ops
+        world.client()
+        ops.max_connections = 1
+        with pytest.raises(OSError):
+            ops.connect("127.0.0.1", world.port)
+        world.socks.append(
+            socket.create_connection(("127.0.0.1", world.port)))
+        world.until(lambda: ops.stats()["accepts_refused"])
+        assert len(ops.conids()) == 1
+        ops.max_connections = 2
+        world.until(lambda: len(ops.conids()) == 2)
 
     def test_unknown_settings_raise_type_error(self):
         with pytest.raises(TypeError):
@@ -6436,7 +6581,8 @@ class TestLoop:
             (rst if n % 2 else socket.socket.close)(world.socks[n])
         world.until(lambda: not world.ops.connections())
         world.ops.close()
-        assert not world.ops._table.connections and len(world.ops._reactor.deadlines._heap) == 0
+        assert not world.ops._table.connections
+        assert not world.ops._reactor.deadlines._heap
         refs = [weakref.ref(world.ops)]
         world.socks.clear()
         world.messages.clear()
@@ -6721,7 +6867,8 @@ class TestLoop:
         conn = timed.ops._table.get(conid)
         timed.ops._reactor.suspend(conn, "rests")
         timed.clock.advance(0.06)
-        timed.ops._reactor.suspend(timed.ops._table.get(timed.listener), "rests")
+        timed.ops._reactor.suspend(timed.ops._table.get(timed.listener),
+                                   "rests")
         sock.send(b"x")
         assert timed.ops.step(0) == 0
         assert timed.ops.next_deadline() == pytest.approx(timed.clock() + 0.04)
@@ -7189,7 +7336,8 @@ class TestLoop:
                 tcpops.TcpOps(event_callback=function)
             else:
                 getattr(ops, place)(function)
-        assert ops._handlers._request == world._message and ops._handlers._onreply is None
+        assert ops._handlers._request == world._message
+        assert ops._handlers._onreply is None
         assert ops.event_callback is None
         world.talk(world.client()[0])  # none of it has been taken
 
@@ -8692,6 +8840,626 @@ class TestStructure:
             "Table calls Connection: get() calls send()"]
 
 
+# -- the life of a connection -------------------------------------------------
+
+
+class Lives:
+    """Connections that take each step of LIFE, over real sockets."""
+
+    @staticmethod
+    def raw(make):
+        world = make()
+        ops = world.ops
+        ops.tcp_close_connection(world.client()[1])
+        rst(world.client()[0])
+        sock, conid = world.client()
+        fill(world, conid)
+        ops.tcp_close_connection(conid)
+        while not world.ends(conid):
+            sock.recv(1 << 20)
+            ops.step(0)
+        world.outgoing()
+        world.end(ops.connect("127.0.0.1", 1))
+
+    @staticmethod
+    def framed(make):
+        world = make(framing=Greeting)
+        world.ops.connect("127.0.0.1", world.port, framing=Greeting)
+        world.until(lambda: len(world.events) == 2)
+        for data, way in ((b"no", None), (b"h", rst), (b"h", None)):
+            count = len(world.ends())
+            sock = socket.create_connection(("127.0.0.1", world.port))
+            world.socks.append(sock)
+            sock.send(data)
+            world.until(lambda: world.ops.stats()["bytes_in"] % 3)
+            way and way(sock)
+            world.settle()
+            assert len(world.ends()) == count + (data == b"no" or way == rst)
+        world.ops.close()
+
+    @staticmethod
+    def broken(make):
+        """A fault before it is open: the clock stops while one is new."""
+        def clock():
+            assert "new" not in [conn.phase.name for conn in
+                                 world.ops._table.connections.values()]
+            return time.monotonic()
+        world = make()
+        world.ops._reactor.clock = clock
+        sock = socket.create_connection(("127.0.0.1", world.port))
+        world.socks.append(sock)
+        with pytest.raises(AssertionError):
+            world.until(lambda: world.ops.stats()["opened"])
+
+
+class TestLife:
+    """Section 11 of the file, and that the core keeps to it."""
+
+    LIFE = tcpops.LIFE
+
+    def test_the_rows(self):
+        for name, row in self.LIFE.items():
+            assert row.name == name
+            assert {type(row[n]) for n in range(1, 5)} == {bool}
+            assert not {*row.next} - {*self.LIFE} and name not in row.next
+        assert [name for name, row in self.LIFE.items() if not row.next] == [
+            "ended"]
+
+    def test_each_phase_can_be_reached_and_is_entered_once(self):
+        first, *others = order = list(self.LIFE)
+        assert {*others} == {
+            name for row in self.LIFE.values() for name in row.next}
+        for row in self.LIFE.values():
+            assert all(order.index(name) > order.index(row.name)
+                       for name in row.next)
+
+    def test_what_the_columns_imply(self):
+        """What is read is delivered, and what may send is found."""
+        for row in self.LIFE.values():
+            assert row.delivers or not row.reads
+            assert row.sends == row.found
+        assert not any(self.LIFE["ended"][1:5])
+
+    def test_each_step_is_taken_and_no_other(self, make_world, monkeypatch):
+        taken, real = set(), tcpops.Connection.enter
+
+        def enter(conn, phase):
+            before = conn.phase.name
+            real(conn, phase)
+            taken.add((before, phase.name))
+        monkeypatch.setattr(tcpops.Connection, "enter", enter)
+        for name in ("raw", "framed", "broken"):
+            getattr(Lives, name)(make_world)
+        assert sorted(taken) == sorted(
+            (row.name, name) for row in self.LIFE.values()
+            for name in row.next)
+
+    def test_a_step_that_is_not_there_raises_with_o_too(self):
+        code = """if True:
+            import socket, tcpops
+            assert False  # not with -O
+            with tcpops.TcpOps() as ops, socket.create_server(
+                    ("127.0.0.1", 0)) as server:
+                sock = socket.create_connection(server.getsockname())
+                conn = ops._table.get(ops.attach(sock))
+                for row in tcpops.LIFE.values():
+                    if row.name in tcpops.LIFE["open"].next:
+                        continue
+                    try:
+                        conn.enter(row)
+                    except RuntimeError as error:
+                        print(error)
+                print(ops.connection(1).phase)
+        """
+        done = subprocess.run([sys.executable, "-O", "-c", code], cwd=HERE,
+                              capture_output=True, text=True, timeout=30)
+        assert done.stderr == ""
+        *lines, phase = done.stdout.splitlines()
+        assert lines == [
+            f"conid 1 cannot go from open to {name}"
+            for name in ("new", "connecting", "handshake", "open")]
+        assert phase == "open"
+
+    @pytest.mark.parametrize("name", ["LIFE", "DEADLINES", "NOT_READING"])
+    def test_they_are_public_and_read_only(self, name):
+        table = getattr(tcpops, name)
+        assert name in tcpops.__all__
+        key = next(iter(table))
+        with pytest.raises(TypeError):
+            table["another"] = table[key]
+        with pytest.raises(TypeError):
+            table[key] = table[key]
+        with pytest.raises(TypeError):
+            del table[key]
+        for row in table.values():
+            assert isinstance(row, tuple)
+            with pytest.raises((AttributeError, TypeError)):
+                row.next = row.reason = ()
+
+    def test_the_tables_fit_each_other(self):
+        for kinds in tcpops.NOT_READING.values():
+            assert not {*kinds} - {*tcpops.DEADLINES}
+        for row in tcpops.DEADLINES.values():
+            assert row.reason in tcpops.REASONS
+
+
+class TestOneDoor:
+    """Connection.end is where each connection ends."""
+
+    def test_what_closes_sockets(self):
+        """The reactor for all, and besides it what section 16 lists."""
+        program = next((node.lineno for node in TREE.body if getattr(
+            node, "name", None) == "_Output"), math.inf)
+        found = []
+        for node in TREE.body:
+            for call in ast.walk(node):
+                if (isinstance(call, ast.Call) and node.lineno < program
+                        and isinstance(call.func, ast.Attribute)
+                        and call.func.attr == "close"):
+                    found.append((node.name, ast.unparse(call)))
+        assert sorted(found) == sorted([
+            ("Connection", "self.plan.reactor.close(sock)"),  # its end
+            ("Opening", "reactor.close(conn.sock)"),  # the next address
+            *[("Listener", "sock.close()")] * 3,  # nothing can be built on it
+            ("Listener", "self.plan.reactor.close(self.sock)"),  # its end
+            ("TcpOps", "held.popitem()[1].sock.close()"),  # in a child
+            # Not of connections: what never became a listener, the loop, and
+            # what the reactor has for itself.
+            ("TcpOps", "sock.close()"), ("TcpOps", "self.close()"),
+            *[("Reactor", f"{name}.close()") for name in (
+                "sock", "held", "old")]])
+
+    def test_each_end_goes_through_it(self, make_world, monkeypatch):
+        through, real = [], tcpops.Connection.enter
+
+        def enter(conn, phase):
+            frame, held = sys._getframe(), False
+            while frame is not None and not held:
+                held = (frame.f_code is tcpops.Connection.end.__code__
+                        and frame.f_locals["self"] is conn)
+                frame = frame.f_back
+            if phase.name == "ended":
+                assert held, "it ends elsewhere"
+                through.append(conn)
+            real(conn, phase)
+        monkeypatch.setattr(tcpops.Connection, "enter", enter)
+        worlds = []
+
+        def make(*args, **how):
+            worlds.append(make_world(*args, **how))
+            return worlds[-1]
+        for name in ("raw", "framed", "broken"):
+            getattr(Lives, name)(make)
+        for world in worlds:
+            world.ops.close()
+        ends = [event for world in worlds for event in world.ends()]
+        assert len(ends) == len(through) == len({*map(id, through)}) > 8
+        assert all(conn.cause is not None for conn in through)
+
+
+# -- deadlines, while we read and while we do not -----------------------------
+
+
+class Endless(Netstring):
+    """A handshake without an end, in which each byte is one of the peer's."""
+
+    opened = False
+    greeting = b""
+
+    def begin(self, host):
+        self.output += self.greeting
+
+    def next_message(self):
+        if self.buffer:
+            del self.buffer[:1]
+            return tcpops.SKIPPED
+        return None
+
+
+class Talkative(Endless):
+    """It fills our queue in its handshake."""
+
+    greeting = bytes(1 << 24)
+
+
+class TestWhyWeDoNotRead:
+    """Each reason of NOT_READING with each kind of DEADLINES."""
+
+    #: While connecting nothing is read in any case, and there is no queue.
+    PAIRS = [(reason, kind) for reason in tcpops.NOT_READING
+             for kind in tcpops.DEADLINES
+             if kind != "connect" or reason == "suspended"]
+    SETTINGS = {"message_timeout": 5, "connection_lifetime": 50,
+                "send_timeout": 10 ** 6}
+
+    def handshake(self, world, reason):
+        """Return the conid of one in a handshake, not read for a reason."""
+        port = world.ops.connection(world.ops.listen(
+            "127.0.0.1", 0, framing=Talkative if reason == "queue"
+            else Endless)).Rp
+        sock = socket.create_connection(("127.0.0.1", port))
+        world.socks.append(sock)
+        world.until(world.ops.conids)
+        (conid,) = world.ops.conids()
+        if reason == "messages":
+            sock.sendall(b"x" * 100)
+            world.ops.step(5)
+        return conid
+
+    def open(self, world, reason):
+        """Return an open one's peer and conid; every deadline is set."""
+        sock, conid = world.client()
+        assert world.ops.tcp_keepalive_enable(conid, 30000, 100, 30000)
+        sock.sendall(b"begun")
+        world.settle()
+        fill(world, conid)
+        if reason != "queue":
+            sock.sendall(b"\n" * 100 + b"begun")
+            world.ops.step(5)
+        if reason == "suspended":
+            world.settle()
+        return sock, conid
+
+    def world_for(self, make_world, clock, reason):
+        return make_world(framing="line", clock=clock,
+                          max_write_buffer=1 if reason == "queue" else 1 << 30,
+                          **self.SETTINGS)
+
+    @pytest.mark.parametrize("reason, kind", PAIRS)
+    def test_a_deadline_waits_or_counts(self, make_world, clock, reason,
+                                        kind):
+        world = self.world_for(make_world, clock, reason)
+        with full_backlog() as address:
+            if kind == "connect":
+                conid = world.ops.connect(*address)
+            elif kind == "handshake":
+                conid = self.handshake(world, reason)
+            else:
+                conid = self.open(world, reason)[1]
+            conn = world.ops._table.get(conid)
+            if reason == "suspended":
+                assert kind in world.ops.connection(conid).deadlines
+                world.ops._reactor.suspend(conn, "rests")
+            assert not conn.events & selectors.EVENT_READ
+            waits = kind in tcpops.NOT_READING[reason]
+            assert waits != (kind in world.ops.connection(conid).deadlines)
+
+    @pytest.mark.parametrize("passes, kept", [
+        (5, {"send": 10 ** 6 - 5, "lifetime": 45}),
+        (50, None)])
+    def test_a_full_queue(self, make_world, clock, passes, kept):
+        """Message time begins again; a lifetime counts all the while."""
+        world = self.world_for(make_world, clock, "queue")
+        sock, conid = self.open(world, "queue")
+        clock.advance(passes)
+        world.settle()
+        if kept is None:
+            assert world.end(conid).reason == "lifetime"
+            return
+        times = world.ops.connection(conid).deadlines
+        assert times.pop("keepalive") and times == kept
+        while world.ops.connection(conid).queued:
+            sock.recv(1 << 20)
+            world.ops.step(0)
+        world.settle()
+        times = world.ops.connection(conid).deadlines
+        assert (times["message"], times["lifetime"]) == (5, 50)
+        clock.advance(5)
+        assert world.end(conid).reason == "message"
+
+    def test_messages_that_wait_for_the_next_turn(self, make_world, clock):
+        world = self.world_for(make_world, clock, "messages")
+        _, conid = self.open(world, "messages")
+        for _ in range(5):  # a few in each
+            clock.advance(1000)
+            world.ops.step(0)
+            assert {*world.ops.connection(conid).deadlines} == {
+                "send", "keepalive"}
+        world.settle()
+        assert len(world.messages) == 100 and not world.ends()
+        times = world.ops.connection(conid).deadlines
+        assert (times["message"], times["lifetime"]) == (5, 50)
+        clock.advance(5)
+        assert world.end(conid).reason == "message"
+
+    def test_the_lifetime_of_one_that_rests(self, timed):
+        """It counts again from the end of the rest."""
+        _, conid = timed.client()
+        assert timed.ops.tcp_set_connection_lifetime(conid, 0.08)
+        timed.ops._reactor.suspend(timed.ops._table.get(conid), "rests")
+        timed.clock.advance(0.09)
+        timed.settle()
+        assert timed.ops.connection(conid).deadlines == {}
+        assert not timed.ends()
+        timed.clock.advance(0.01)
+        timed.settle()
+        assert timed.ops.connection(conid).deadlines == {
+            "lifetime": pytest.approx(0.08)}
+        timed.clock.advance(0.08)
+        assert timed.end(conid).reason == "lifetime"
+
+    @pytest.mark.parametrize("came", [True, False])
+    def test_the_message_of_one_that_rests(self, make_world, clock, came):
+        """What completes it may come while its descriptor rests."""
+        world = make_world(framing="line", clock=clock, message_timeout=0.08)
+        sock, conid = world.client()
+        sock.send(b"begun")
+        world.settle()
+        world.ops._reactor.suspend(world.ops._table.get(conid), "rests")
+        clock.advance(0.09)
+        world.settle()
+        assert {*world.ops.connection(conid).deadlines} == set()
+        assert not world.ends()
+        if came:
+            sock.send(b", and done\n")
+        clock.advance(0.08)
+        world.settle()
+        assert [msg.data for msg in world.messages] == [
+            b"begun, and done"] * came
+        clock.advance(0.08)
+        world.settle()
+        assert [event.reason for event in world.ends()] == [
+            "message"] * (not came)
+
+
+class TestSnapshots:
+    """phase and deadlines, of a connection in each phase."""
+
+    @pytest.fixture
+    def check(self, timed):
+        def check(conid, phase, **deadlines):
+            info = timed.ops.connection(conid)
+            assert (info.phase, info.deadlines) == (phase, deadlines)
+            assert info.deadline == (timed.clock() + min(deadlines.values())
+                                     if deadlines else None)
+            assert info in timed.ops.connections()
+        return check
+
+    def test_connecting(self, timed, check):
+        with full_backlog() as address:
+            conid = timed.ops.connect(*address)
+            timed.clock.advance(1)
+            check(conid, "connecting", connect=9)
+            assert timed.ops.tcp_set_connection_lifetime(conid, 4)
+            check(conid, "connecting", connect=9, lifetime=4)
+
+    def test_handshake(self, timed, check):
+        port = timed.ops.connection(timed.ops.listen(
+            "127.0.0.1", 0, framing=Greeting)).Rp
+        timed.socks.append(socket.create_connection(("127.0.0.1", port)))
+        timed.until(timed.ops.conids)
+        (conid,) = timed.ops.conids()
+        timed.clock.advance(1)
+        check(conid, "handshake", handshake=19)
+
+    def test_open(self, make_world, clock, check, timed):
+        port = timed.ops.connection(timed.ops.listen(
+            "127.0.0.1", 0, framing="line")).Rp
+        sock = socket.create_connection(("127.0.0.1", port))
+        timed.socks.append(sock)
+        timed.until(lambda: timed.events)
+        conid = timed.events[0].conid
+        check(conid, "open", lifetime=120)
+        assert timed.ops.tcp_keepalive_enable(conid, 60, 2, 5)
+        timed.clock.advance(1)
+        sock.send(b"begun")
+        timed.settle()
+        check(conid, "open", message=20, keepalive=69, lifetime=120)
+        fill(timed, conid)
+        timed.clock.advance(1)
+        check(conid, "open", message=19, send=9, keepalive=68, lifetime=119)
+
+    def test_sending_rest(self, timed, check):
+        """After a FIN; what the program has closed is gone for it."""
+        (sock, conid), (_, closed) = timed.client(), timed.client()
+        for number in (conid, closed):
+            fill(timed, number)
+        sock.shutdown(socket.SHUT_WR)
+        timed.ops.tcp_close_connection(closed)
+        timed.settle()
+        assert timed.ops.connection(closed) is None
+        timed.clock.advance(1)
+        check(conid, "sending_rest", send=9, lifetime=119)
+
+    def test_reading_rest(self, timed, check):
+        port = timed.ops.connection(timed.ops.listen(
+            "127.0.0.1", 0, framing="line")).Rp
+        sock = socket.create_connection(("127.0.0.1", port))
+        timed.until(lambda: timed.events)
+        conid = timed.events[0].conid
+        assert timed.ops.tcp_keepalive_enable(conid, 60, 2, 5)
+        sock.sendall(b"\n" * 100)
+        rst(sock)
+        assert not timed.ops.tcp_conid_state(conid)
+        timed.ops.step(0)
+        check(conid, "reading_rest")
+        timed.settle()
+        assert timed.ops.connection(conid) is None
+
+    def test_a_listener(self, timed):
+        info = timed.ops.connection(timed.listener)
+        assert (info.phase, info.deadlines, info.deadline) == (
+            "listening", {}, None)
+
+
+# -- asking changes nothing ---------------------------------------------------
+
+
+class Unnoticed:
+    """Things that have come about and that the loop has not seen.
+
+    Each prepares a world and returns a function that brings it about and
+    returns the conid.
+    """
+
+    @staticmethod
+    def refused(world, patch):
+        return lambda: world.ops.connect("127.0.0.1", 1)
+
+    @staticmethod
+    def refused_and_another_address_is_left(world, patch):
+        port = world.server().getsockname()[1]
+        names = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (host, port))
+                 for host in ("127.0.0.77", "127.0.0.1")]
+
+        def act():
+            with patch.context() as within:
+                within.setattr(socket, "getaddrinfo", lambda *_, **how: names)
+                return world.ops.connect("name", port)
+        return act
+
+    @staticmethod
+    def connected(world, patch):
+        address = world.server().getsockname()
+        return lambda: world.ops.connect(*address)
+
+    @staticmethod
+    def connected_and_reset_since(world, patch):
+        server = world.server()
+
+        def act():
+            conid = world.ops.connect(*server.getsockname())
+            peer = world.accept(server)
+            peer.sendall(b"before")
+            rst(peer)
+            return conid
+        return act
+
+    @staticmethod
+    def in_a_handshake(world, patch):
+        address = world.server().getsockname()
+        conid = world.ops.connect(*address, framing=Greeting)
+        world.ops.step(5)
+        return lambda: conid
+
+    @staticmethod
+    def rst_in_a_handshake(world, patch):
+        server = world.server()
+        conid = world.ops.connect(*server.getsockname(), framing=Greeting)
+        world.ops.step(5)
+        return lambda: rst(world.accept(server)) or conid
+
+    @staticmethod
+    def _accepted(world, data, way):
+        sock, conid = world.client()
+        world.talk(sock)
+
+        def act():
+            sock.sendall(data)
+            way(sock)
+            return conid
+        return act
+
+    @classmethod
+    def rst_came(cls, world, patch):
+        return cls._accepted(world, b"", rst)
+
+    @classmethod
+    def rst_behind_data(cls, world, patch):
+        return cls._accepted(world, b"data", rst)
+
+    @classmethod
+    def fin_came(cls, world, patch):
+        return cls._accepted(world, b"", socket.socket.close)
+
+    @classmethod
+    def fin_behind_data(cls, world, patch):
+        return cls._accepted(world, b"data", socket.socket.close)
+
+    @classmethod
+    def data_came(cls, world, patch):
+        return cls._accepted(world, b"data", lambda sock: None)
+
+
+class TestAskingChangesNothing:
+    """Questions, in each state that the loop has not noticed yet."""
+
+    STATES = [name for name in vars(Unnoticed) if name[0] != "_"]
+    #: What is answered, where it is not 1.
+    ANSWERS = {
+        "refused": -3, "refused_and_another_address_is_left": 3,
+        "connected": 3, "connected_and_reset_since": -3, "in_a_handshake": 3,
+        "rst_in_a_handshake": -3, "rst_came": -3, "rst_behind_data": -3,
+        "fin_came": -2, "fin_behind_data": -2}
+
+    @staticmethod
+    def ask(world, conid):
+        """Ask everything, three times; return the state."""
+        ops = world.ops
+        conn = ops._table.get(conid)
+
+        def now():
+            return (conn.phase, conn.cause, conn.sock.fileno(), conn.peer,
+                    len(world.events), len(world.messages), ops.stats(),
+                    list(ops._handlers.events))
+        before, answers = now(), []
+        for _ in range(3):
+            answers.append([
+                ops.tcp_conid_state(conid), ops.tcp_conid_alive(conid),
+                ops.connection(conid), ops.connections(), ops.conids(),
+                ops.listeners(), ops.stats()])
+            assert now() == before
+        assert answers[0] == answers[1] == answers[2]
+        state, alive, info = answers[0][:3]
+        assert (state > 0, info.state) == (alive > 0, state)
+        assert info.phase == conn.phase.name and info in answers[0][3]
+        return state
+
+    def live(self, make_world, monkeypatch, name, where, asks):
+        """Have a state come about; return the answer and what followed."""
+        world = make_world(clock=FakeClock())
+        act = getattr(Unnoticed, name)(world, monkeypatch)
+        found = []
+
+        def call():
+            conid = act()
+            found.append((conid, self.ask(world, conid) if asks else None))
+        if where == "a handler":
+            sock, bystander = world.client()
+            world.on_message = lambda msg: (msg.conid != bystander or found
+                                            or call())
+            world.talk(sock)
+        elif where == "call_soon":
+            world.ops.call_soon(call)
+            world.until(lambda: found)
+        else:
+            call()
+        ((conid, answer),) = found
+        world.settle()
+        if name.startswith("refused"):  # another turn of the kernel's
+            world.until(lambda: any(e.conid == conid for e in world.events))
+        world.ops.close()
+        return answer, [
+            *[(e.conid, e.name, e.reason, e.errno, e.detail, e.opened,
+               e.bytes_in, e.bytes_out, e.queued) for e in world.events],
+            *[(msg.conid, msg.data) for msg in world.messages]]
+
+    @pytest.mark.parametrize("where", ["outside", "a handler", "call_soon"])
+    @pytest.mark.parametrize("name", STATES)
+    def test_the_twin_that_was_not_asked(self, make_world, monkeypatch, name,
+                                         where):
+        how = make_world, monkeypatch, name, where
+        answer, told = self.live(*how, True)
+        assert answer == self.ANSWERS.get(name, 1)
+        assert told == self.live(*how, False)[1]
+
+    @pytest.mark.parametrize("name", ["fin_came", "fin_behind_data"])
+    @pytest.mark.parametrize("asks", [False, True])
+    @pytest.mark.parametrize("how", ["tcp_close_connection", "close"])
+    def test_an_end_that_the_program_asks_for(self, timed, monkeypatch, name,
+                                              asks, how):
+        """It is its own, whether or not a question saw the FIN before."""
+        world = timed
+        conid = getattr(Unnoticed, name)(world, monkeypatch)()
+        if asks:
+            assert self.ask(world, conid) is State.EOF
+        getattr(world.ops, how)(*[conid] * (how != "close"))
+        if how != "close":
+            world.settle()
+        assert [event.reason for event in world.ends()] == [
+            "shutdown" if how == "close" else "closed"]
+
+
 # -- hosts that vanish --------------------------------------------------------
 
 
@@ -9043,7 +9811,8 @@ class Chaos:
         assert counts["opened"] == sum(counts["ended"].values()) \
             == len(self.ended)
         assert set(self.ended) >= self.conids
-        assert not ops._table.connections and not len(ops._reactor.deadlines._heap)
+        assert not ops._table.connections
+        assert not ops._reactor.deadlines._heap
         assert not ops._table._by_peer and not ops._table.sockets
 
 
@@ -11708,6 +12477,16 @@ class TestReadme:
         """The picture has each, with its event, and no other."""
         rows = re.findall(r"─ (\w+) +(tcp:\w+)$", blocks("text")[1], re.M)
         assert len(rows) == 14 and dict(rows) == tcpops.REASONS
+
+    def test_the_life_of_a_connection(self):
+        """The list has each step of LIFE; the picture has each phase, in an
+        order in which each step goes to the right or down.
+        """
+        picture, _, steps = blocks("text")[2].partition("\n\n")
+        assert re.findall(r"(\w+) +-> (.*)", steps) == [
+            (row.name, ", ".join(row.next))
+            for row in tcpops.LIFE.values() if row.next]
+        assert re.findall(r"\w+", picture) == list(tcpops.LIFE)
 
     @pytest.mark.parametrize("words, fields", [
         ("An event", tcpops.Event._fields),

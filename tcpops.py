@@ -1906,7 +1906,7 @@ class Table:
         self.limit = limit       #: connections that may have a socket
         self.connections = {}    #: by conid
         self.listeners = {}      #: by conid
-        self.crowded = []        #: listeners suspended for want of room
+        self.crowded = {}        #: listeners suspended for want of room
         self.sockets = 0         #: connections that have a socket
         self.begun = 0           #: connections that got a conid
         self.refused = 0         #: accepts for which there was no room
@@ -1962,7 +1962,7 @@ class Table:
         if not isinstance(held, dict):
             held = {held.conid: held}
         return next((conn for conn in reversed(held.values())
-                     if not conn.failed
+                     if not conn.failed and conn.cause is None
                      and (protos is None or conn.proto in protos)), None)
 
 # ---------------------------------------------------------------------------
@@ -2060,9 +2060,7 @@ class Handlers:
         return handler, event
 
     def message(self, conn, msg):
-        """Handle a message of a connection, after the events before it."""
-        if self.events:
-            self.report()
+        """Call the handler of a message."""
         self.current = conn
         handler = self._request
         try:
@@ -2464,7 +2462,11 @@ class Reactor:
                 self._owner = self.deadlines.pop(now)
                 if self._owner is None:
                     break
-                handled += self._owner.fire(now) + report()
+                try:
+                    handled += self._owner.fire(now) + report()
+                except BaseException:  # Ctrl-C must not make it immortal
+                    self.deadlines.arm(self._owner, now)
+                    raise
             if self._resume_at <= now:
                 self._resume_at = NEVER
                 handled += len(self.suspended)
@@ -2487,6 +2489,7 @@ class Reactor:
                 in_vain = (*in_vain, owner)
             if handlers.events:
                 handlers.report()
+        self._owner = None
         if in_vain or self._in_vain:
             self._guard(in_vain)
         if self._empty_waits and not ready:
@@ -2763,6 +2766,8 @@ class Opening:
             table.remove_peer(conn)
             conn.sock, conn.peer = sock, _peer_key(address)
             table.add_peer(conn)
+            if conn.keepalive is not None:
+                set_keepalive(sock, conn.keepalive)
             number = sock.connect_ex(address)
         conn.local = _peer_key(conn.sock.getsockname())
         conn.watch()
@@ -3026,8 +3031,8 @@ class Connection:
             if self.messages is None:
                 self.open()
                 return
-            self.enter(_HANDSHAKE)
             self.opening = self.opening or Opening(self)
+            self.enter(_HANDSHAKE)
             self.messages.begin()
         finally:  # Ctrl-C in a framing must not make it immortal
             if self.phase is _HANDSHAKE:
@@ -3061,8 +3066,11 @@ class Connection:
 
     def ready(self, mask):
         """Write and read once; return whether anything came of it."""
+        if self.failed:
+            self.plan.reactor.later(self)  # should Ctrl-C have cut work() off
+            return True
         if self.phase is _CONNECTING:
-            return self.failed or self.opening.check()
+            return self.opening.check()
         done = False
         if self.queue is not None and mask & _WRITE:
             done = self.flush()
@@ -3086,17 +3094,19 @@ class Connection:
 
     def work(self):
         """Do the work that was left for the turn."""
-        messages = self.messages
-        if self.phase is not _ENDED and self.sock.fileno() < 0:
-            self.fail(Cause.of_errno(errno.EBADF))  # closed behind our back
         try:
+            messages = self.messages
+            if self.phase is not _ENDED and self.sock.fileno() < 0:
+                self.fail(Cause.of_errno(errno.EBADF))  # behind our back
             if self.phase is _CONNECTING:
                 if self.failed and self.opening.errno not in _ENDED_SINCE:
                     self.end(self.seen)
                 else:
                     self.opening.check()
             if self.failed and self.phase not in (_READING_REST, _CONNECTING):
-                self.end(self.seen, _READ_REST)
+                # An end that the program asked for has no messages any longer.
+                self.end(self.seen, _READ_REST if self.cause is None
+                         else _AT_ONCE)
             if messages is not None and messages.waiting:
                 messages.waiting = False
                 self.renewed = self.plan.reactor.clock()  # we lag behind
@@ -3113,12 +3123,10 @@ class Connection:
         times = deadlines_of(self)
         kind = min(times, key=times.get, default=None)
         fired = kind is not None and times[kind] <= now
-        try:
-            if fired:
-                self._time_out(DEADLINES[kind], now)
-        finally:
-            for time in deadlines_of(self).values():
-                self.plan.reactor.arm(self, time)
+        if fired:
+            self._time_out(DEADLINES[kind], now)
+        for time in deadlines_of(self).values():
+            self.plan.reactor.arm(self, time)
         return fired
 
     def _time_out(self, row, now):
@@ -3207,6 +3215,9 @@ class Connection:
         for _ in range(_REST_READS):
             if self.messages is not None and self.messages.waiting:
                 break
+            self.plan.handlers.report()  # that it is open, before its messages
+            if self.phase is not _READING_REST:
+                return
             try:
                 data = self.sock.recv(self.plan.recv_size)
             except OSError as error:
@@ -3342,15 +3353,20 @@ class Connection:
                 cause = cause._replace(errno=self.icmp,
                                        detail=os.strerror(self.icmp))
             self.cause = cause
-        is_left = False
+        waits = False
         try:
-            is_left = manner is _SEND_REST and self._send_rest(cause)
+            waits = manner is _SEND_REST and self._send_rest(cause)
         finally:  # Ctrl-C in its farewell must not leave it half closed
-            if not is_left and self.phase is not _ENDED:
+            if (manner is _SEND_REST and self.phase is _SENDING_REST
+                    and self.queue is not None and not self.failed):
+                self.watch()
+            elif not waits and self.phase is not _ENDED:
                 self._leave()
 
     def _send_rest(self, cause):
-        """Send the queue, then the farewell; return whether bytes are left."""
+        """Send the queue, then the farewell; return whether that has to wait
+        until the connection is open.
+        """
         messages, opening = self.messages, self.opening
         if (self.phase in (_CONNECTING, _HANDSHAKE) and opening is not None
                 and opening.early and not self.failed
@@ -3363,9 +3379,7 @@ class Connection:
             self.enter(_SENDING_REST)
             if messages is not None and not self.failed:
                 self.write(messages.farewell(self.cause.reason))
-            self.watch()
-            return self.queue is not None and not self.failed
-        return self.phase is _SENDING_REST
+        return False
 
     def _leave(self):
         """Close the socket, and report the end."""
@@ -3389,8 +3403,9 @@ class Connection:
             else:
                 plan.table.remove(self)
             self.opening = self.messages = None
-            while plan.table.crowded:
-                plan.reactor.resume(plan.table.crowded.pop(0))
+            for listener in plan.table.crowded:
+                plan.reactor.resume(listener)
+            plan.table.crowded.clear()
 
     def _close(self, cut_short, phase):
         """Close the socket: with FIN if the stream is complete, with RST if
@@ -3515,13 +3530,11 @@ class Listener:
         """Act on an error of accept(); return whether anything came of it."""
         if error.errno in _FULL:
             self.plan.table.refused += 1
-            self.plan.table.crowded.append(self)
+            self.plan.table.crowded[self] = None
             self.plan.reactor.suspend(
                 self, f"accepts nothing for now: {error.strerror}")
         elif error.errno in _BROKEN:
-            log.error("conid %d stops listening: %s", self.conid,
-                      error.strerror)
-            self.end()
+            self._give_up(error)
         else:
             if not isinstance(error, _AGAIN):  # of a peer, which is gone
                 log.debug("accept: %s", error.strerror)
@@ -3557,13 +3570,18 @@ class Listener:
                 conn.fault(error)
             raise
 
+    def _give_up(self, error):
+        log.error("conid %d stops listening: %s", self.conid, error.strerror)
+        self.end()
+
     def work(self):
         """Accept again, after a rest."""
+        self.plan.table.crowded.pop(self, None)
         if self.conid in self.plan.table.listeners:
             try:
                 self.plan.reactor.watch(self, _READ)
-            except OSError as error:  # closed behind our back
-                self._refused(error)
+            except OSError as error:  # closed behind our back, or no room
+                self._give_up(error)
 
     fault = lambda self, error: None  # it accepts the next peer all the same
 
@@ -3572,6 +3590,7 @@ class Listener:
         with contextlib.suppress(OSError):
             self.plan.reactor.watch(self, 0)
         self.plan.table.listeners.pop(self.conid, None)
+        self.plan.table.crowded.pop(self, None)
         self.plan.reactor.close(self.sock)
 
 # ---------------------------------------------------------------------------
@@ -4227,7 +4246,7 @@ class TcpOps(SpecFunctions):
             while self._table.sockets and time.monotonic() < end:
                 self.step(max(0, end - time.monotonic()))
             for conn in self._connections():
-                conn.end(cause)
+                conn.end(conn.seen if conn.failed else cause)
             while self._handlers.events:
                 self.step(0)
         finally:

@@ -49,6 +49,13 @@ The file reads from top to bottom; nothing is used above its definition:
    20  TcpOps
    21  The command line
 
+One raw connection from accept to its event, in the order in which it runs:
+Reactor._turn, Reactor._serve_ready, Listener.ready, Listener._admit,
+Connection.begin, Connection.open, Connection.queue_event, Connection.enter,
+Connection.watch, Handlers.report; Connection.ready, Connection.receive,
+Handlers.message, Message.reply, Connection.send, Connection.write;
+Connection.end_of_stream, Connection.end, Connection._leave, Connection._close.
+
 SIP, WebSocket, TLS and the command line can be cut out of the file, alone or
 together, by examples/cut.py; the rest still works.
 
@@ -2246,10 +2253,9 @@ class Reactor:
         self._resume_at = min(self._resume_at, self.clock() + _SUSPENSION)
 
     def resume(self, owner):
-        """Select an owner again, if it is suspended."""
-        if owner in self.suspended:
-            del self.suspended[owner]
-            self.later(owner)
+        """Have an owner that was suspended select its events again."""
+        self.suspended.pop(owner, None)
+        self.later(owner)
 
     def close(self, sock):
         """Close the socket of an owner that is not selected."""

@@ -704,7 +704,7 @@ class TestCut:
             assert framing.message is module.TextMessage
 
     def test_the_shortest_file(self):
-        assert cut(*self.LEAVES).count("\n") <= 3570
+        assert cut(*self.LEAVES).count("\n") <= 3580
 
     def test_the_order_does_not_matter(self):
         assert cut("sip", "cli") == cut("cli", "sip", "cli")
@@ -6504,6 +6504,57 @@ class TestLoop:
         rst(sock)
         assert world.end(conid).reason == "closed" and not world.messages
 
+    def test_the_reading_path_is_the_one_that_runs(self, world):
+        """At most 20 functions, in the order in which a life calls them."""
+        text = re.search("in which it runs:\n(.*?)\\.\n\n", tcpops.__doc__,
+                         re.S)[1]
+        path = re.findall(r"[\w.]+", text)
+        names = {method.lineno: f"{node.name}.{method.name}"
+                 for node in TREE.body if isinstance(node, ast.ClassDef)
+                 for method in node.body
+                 if isinstance(method, ast.FunctionDef)}
+        seen = []
+
+        def profile(frame, what, _):
+            name = names.get(frame.f_code.co_firstlineno)
+            if (what == "call" and name in path and name not in seen
+                    and frame.f_code.co_filename == tcpops.__file__):
+                seen.append(name)
+        world.on_message = lambda msg: msg.reply(b"hi")
+        sys.setprofile(profile)
+        try:
+            sock, conid = world.client()
+            world.talk(sock)
+            assert sock.recv(9) == b"hi"
+            sock.close()
+            world.end(conid)
+        finally:
+            sys.setprofile(None)
+        assert seen == path and len(path) <= 20
+
+    def test_the_loop_is_closed_by_the_opened_handler_of_a_dead_one(
+            self, world):
+        """Its message is not delivered: close() ends it at once."""
+        server = world.server()
+        conid = world.ops.connect(*server.getsockname())
+        sock = world.accept(server)
+        sock.sendall(b"data")
+        rst(sock)
+        world.on_event = lambda event: world.ops.close()
+        world.ops.step(5)
+        assert [(event.conid, event.name) for event in world.events] == [
+            (conid, "tcp:opened"), (conid, "tcp:reset")]
+        assert not world.messages
+
+    def test_a_listener_that_ends_when_its_rest_does(self, timed):
+        timed.ops._reactor.suspend(timed.ops._table.get(timed.listener),
+                                   "rests")
+        timed.clock.advance(0.1)
+        timed.ops.step(0)  # it will be selected in the next turn
+        assert timed.ops.tcp_close_connection(timed.listener) == 1
+        timed.settle()
+        assert timed.ops.listeners() == []
+
     def test_keepalive_goes_on_with_the_next_address(self, world,
                                                      monkeypatch):
         server = world.server()
@@ -9271,6 +9322,21 @@ class TestWhyWeDoNotRead:
         world.settle()
         times = world.ops.connection(conid).deadlines
         assert (times["message"], times["lifetime"]) == (5, 50)
+        clock.advance(5)
+        assert world.end(conid).reason == "message"
+
+    def test_a_full_queue_in_a_handshake(self, make_world, clock):
+        """The time of the handshake begins again, too."""
+        world = self.world_for(make_world, clock, "queue")
+        conid = self.handshake(world, "queue")
+        clock.advance(50)
+        world.settle()
+        assert {*world.ops.connection(conid).deadlines} == {"send"}
+        while world.ops.connection(conid).queued:
+            world.socks[-1].recv(1 << 20)
+            world.ops.step(0)
+        world.settle()
+        assert world.ops.connection(conid).deadlines == {"handshake": 5}
         clock.advance(5)
         assert world.end(conid).reason == "message"
 

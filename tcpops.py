@@ -2448,6 +2448,7 @@ class Reactor:
         # Deadlines that come while handlers run are for the next turn: what
         # peers have sent in the meantime is read before.
         now, report, self._owner = self.clock(), self._handlers.report, None
+        assert self._handlers.current is None, "a turn inside a handler"
         try:
             handled = self._serve_ready(ready)
             fires = self.deadlines.next() <= now
@@ -3302,6 +3303,7 @@ class Connection:
     def flush(self):
         """Send the queue; return whether the kernel took any, or failed."""
         was_full, plan = self.is_full(), self.plan
+        assert self.queue, "an empty queue is None"
         try:
             sent = self.sock.send(self.queue, _NOSIGNAL)
         except OSError as error:
@@ -3391,6 +3393,7 @@ class Connection:
         """Close the socket, and report the end."""
         plan, phase, queued = self.plan, self.phase, self.queued()
         cut_short, self.queue = self.queue is not None, None
+        assert self.cause is not None, "an end without a cause"
         self.enter(_ENDED)
         plan.reactor.deadlines.disarm(self)
         try:

@@ -1766,11 +1766,12 @@ _LAYERS["tls"] = TlsFraming
 # 11. The life of a connection
 #
 # The state machine, as data: the phases and what each allows (LIFE), the kinds
-# of deadline (DEADLINES), and why a connection is not read (NOT_READING), for
-# the peer's silence is ours then.  Connection.enter is the only way from phase
-# to phase, and raises for a step that is not in LIFE.  The next deadline, the
-# one that fires and those of a snapshot all come from deadlines_of(); a change
-# that makes one earlier also calls Reactor.arm.
+# of deadline (DEADLINES), and why a connection is not read (NOT_READING): the
+# peer cannot be blamed for its silence while we do not read.
+# Connection.enter is the only way from phase to phase, and raises for a step
+# that is not in LIFE.  The next deadline, the one that fires and those of a
+# snapshot all come from deadlines_of(); a change that makes one earlier also
+# calls Reactor.arm.
 # ---------------------------------------------------------------------------
 
 
@@ -1802,7 +1803,7 @@ LIFE = types.MappingProxyType({
 (_NEW, _CONNECTING, _HANDSHAKE, _OPEN, _SENDING_REST, _READING_REST,
  _ENDED) = LIFE.values()
 
-#: Why a connection is not read, and the deadlines that wait until it is.
+#: Why a connection is not read, and the deadlines that do not fire meanwhile.
 NOT_READING = types.MappingProxyType({
     # Its queue is over the limit.
     "queue": ("handshake", "message"),
@@ -1976,14 +1977,14 @@ class Table:
 # 13. Handlers
 #
 # The program's functions, and the only place that calls them.  A handler never
-# runs inside another: what ends meanwhile queues its event, which is reported
-# when the handler has returned.  What a handler raises is logged and changes
-# nothing else.
+# runs inside another: an end meanwhile queues its event, which is reported
+# after the handler has returned.  An exception of a handler is logged and
+# changes nothing else.
 # ---------------------------------------------------------------------------
 
 
 def _take(queue):
-    """Take out what a queue holds now: new work of a handler's waits."""
+    """Yield the entries that a queue holds now; those to come have to wait."""
     for _ in range(len(queue)):
         if not queue:
             return  # pragma: no cover (in a child, after fork(), tested too)
@@ -2100,7 +2101,7 @@ class Handlers:
 
     @staticmethod
     def log_raised(conn, what, error):
-        """Log what a function of the program's has raised."""
+        """Log the exception of a function of the program's."""
         log.error("conid %d: %s raised", conn.conid,
                   getattr(what, "__qualname__", what),
                   exc_info=_program_error(error))
@@ -2110,10 +2111,11 @@ class Handlers:
 #
 # It waits, and gives each owner of a descriptor or a deadline its turn.  One
 # turn is: wait, input and output, work left over, deadlines.  In that order,
-# so that what has arrived is seen before a deadline says that nothing has.
+# so that bytes which have arrived are seen before a deadline fires for want of
+# them.
 # Events are reported after each owner.
 #
-# An owner has a sock, events (what is selected) and methods that only the turn
+# An owner has a sock, events (those selected) and methods that only the turn
 # calls: ready(mask) when its descriptor is, fire(now) when its deadline may
 # have come, work() when it has asked for it by later(), and fault(error) after
 # an error of ours in one of these.  The selector's key carries the owner, not
@@ -2182,7 +2184,7 @@ class Reactor:
         self._resume_at = NEVER     # when the suspended owners are resumed
         self._owner = None      # whose turn it is
         self._in_vain = {}      # owner: turns in a row, see _guard
-        self._empty_waits = 0   # since a descriptor was lost, plus 1; 0: none
+        self._empty_waits = 0   # counted once a descriptor was lost, from 1
         self._outer = None      # see fileno
         self._complain_at = -NEVER
         self._selector = selectors.DefaultSelector()
@@ -2445,8 +2447,8 @@ class Reactor:
         """Wait, then handle what there is; return how many things that was."""
         # Selectors round the time up: never early, never spinning.
         ready = self._select(wait)
-        # Deadlines that come while handlers run are for the next turn: what
-        # peers have sent in the meantime is read before.
+        # Deadlines that come while handlers run are for the next turn: bytes
+        # that peers have sent in the meantime are read before.
         now, report, self._owner = self.clock(), self._handlers.report, None
         assert self._handlers.current is None, "a turn inside a handler"
         try:
@@ -2454,7 +2456,7 @@ class Reactor:
             fires = self.deadlines.next() <= now
             if fires:
                 # A process that was stopped, or interrupted by a signal, wakes
-                # up with an old answer; what has come by now counts.
+                # up with an old answer; bytes that have come by now count.
                 handled += self._serve_ready(self._select(0))
             for _ in range(len(self._work)):
                 if self._work:  # pragma: no branch (in a child, after fork())
@@ -2583,7 +2585,7 @@ _LIMITS = {"connection_lifetime": (0, _MAX_SECONDS),
 
 
 class Settings(NamedTuple):
-    """What a connection may take; see TcpOps."""
+    """The limits of a connection, in seconds and bytes; see TcpOps."""
 
     connection_lifetime: float = 120
     connect_timeout: float = 10
@@ -2599,7 +2601,7 @@ class Settings(NamedTuple):
 
 
 class Plan:
-    """What connections of one listen, connect or attach have in common."""
+    """The record that connections of one listen, connect or attach share."""
 
     __slots__ = ("handlers", "table", "reactor", "settings", "recv_size",
                  "origin", "name", "factory", "context", "server_hostname",
@@ -2610,7 +2612,7 @@ class Plan:
         self.handlers, self.table, self.reactor = handlers, table, reactor
         self.origin = origin       #: "accept", "connect" or "attach"
         self.listener = None       #: the listener's conid
-        #: What connect was called with, "host:port".
+        #: The address that connect was called with, "host:port".
         self.host = "" if address is None else _format_address(address)
         self.name, self.factory = self._framing(framing)
         self.context = tls         #: an ssl.SSLContext, None: no TLS
@@ -2689,8 +2691,9 @@ class Plan:
 # Connection.end is the one door.  Code that moves bytes or registers
 # descriptors ends nothing: fail() records that the socket is dead, and the
 # turn ends the connection (work).  So no call of ours ends a connection under
-# its caller.  A probe consumes what it meets: that is kept as `seen`.  It is
-# provisional; `cause`, why the connection has ended, is set once by end().
+# its caller.  A probe consumes the FIN or the error that it meets, so `seen`
+# keeps it; `seen` is provisional.  `cause`, why the connection has ended, is
+# set by end(), once.
 #
 # Four more places close a socket: the next address of connect, an accepted
 # socket that nothing can be built on, a listener's end, a child after fork().
@@ -2701,8 +2704,8 @@ _AT_ONCE, _SEND_REST, _READ_REST = "at once", "send rest", "read rest"
 
 #: recv() calls on a dead socket in one turn.
 _REST_READS = 16
-#: In one turn: messages of one connection that a framing finds in what one
-#: recv() brought.  Few, so that a peer that floods costs the others no time.
+#: Messages of one connection that are handed over in one turn.  Few, so that
+#: a peer that floods costs the others no time.
 _SHARE = 8
 #: recv() calls that empty a socket before it is closed: more than the largest
 #: receive buffer of a default Linux (tcp_rmem, 6 MB).
@@ -2813,7 +2816,7 @@ class Opening:
                 return 0
         except OSError as error:
             _system_error(error)
-            return None  # not yet: the batch is about an address before
+            return None  # not yet: the event was of the address before
         # Nothing listens, and the kernel took that very port as ours: TCP
         # connects a socket with itself (RFC 9293, 3.5).
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_RESET)
@@ -2880,7 +2883,7 @@ class Messages:
         """Send the framing's bytes; return whether that has opened it."""
         conn = self.conn
         self.speak()
-        # None: a callback of the TLS context has closed it.
+        # messages is None if a callback of the TLS context has closed it.
         opens = (not conn.opened and conn.messages is not None
                  and self.ask(lambda: bool(self.framing.opened)) is True
                  and conn.phase.delivers)
@@ -2892,7 +2895,7 @@ class Messages:
         """Hand over messages, up to a turn's share.
 
         data has just been received.  Stops where a handler has closed the
-        connection or filled its queue: flush() comes back for the rest.
+        connection or filled its queue; flush() then has the rest delivered.
         """
         conn, framing, count, anew = self.conn, self.framing, 0, False
         report = conn.plan.handlers.report
@@ -3083,7 +3086,7 @@ class Connection:
             done = self.flush()
             if self.queue is None and self.phase is _SENDING_REST:
                 self.end(self.cause)
-        # Asked again: the batch is older than what handlers did meanwhile.
+        # Asked again: a handler may have changed it since the batch was made.
         if self.failed or not (mask & _READ and self.events & _READ):
             return done or self.failed
         try:
@@ -3111,7 +3114,7 @@ class Connection:
                 else:
                     self.opening.check()
             if self.failed and self.phase not in (_READING_REST, _CONNECTING):
-                # An end that the program asked for has no messages any longer.
+                # After the program has asked for the end it gets no message.
                 self.end(self.seen, _READ_REST if self.cause is None
                          else _AT_ONCE)
             if messages is not None and messages.waiting:
@@ -3146,7 +3149,7 @@ class Connection:
         if self.phase in (_HANDSHAKE, _OPEN):
             state, unread = self.probe()
             if state is _EOF and self.queue is None:
-                self.fail(self.seen)  # what came before it is delivered
+                self.fail(self.seen)  # bytes before the FIN are delivered
             if unread and row.reason == "message" and self.events & _READ:
                 step = (self.messages if self.phase is _OPEN
                         else self.opening)
@@ -3176,7 +3179,7 @@ class Connection:
         return [why for why, holds in reasons.items() if holds]
 
     def watch(self):
-        """Have it selected for what its phase and its queue allow."""
+        """Have it selected for the events that phase and queue allow."""
         phase, events = self.phase, 0
         if phase is _CONNECTING or self.queue is not None:
             events = _WRITE
@@ -3352,7 +3355,7 @@ class Connection:
             self.enter(_READING_REST)
             self.queue, self.send_deadline = None, NEVER
             if self.messages is not None:
-                self.messages.waiting = True  # a full queue kept them back
+                self.messages.waiting = True  # a full queue may hold some back
             self.plan.reactor.deadlines.disarm(self)
             return  # work() reads the rest, and comes back
         if self.cause is None:
@@ -3433,8 +3436,8 @@ class Connection:
                     self.bytes_out += farewell and sock.send(
                         farewell, _NOSIGNAL) or 0
                 # Unread bytes would turn the FIN into an RST, which destroys
-                # what the peer has not read yet of ours.  Ends with EAGAIN
-                # or FIN, or with a peer that sends faster than we read.
+                # those of ours that the peer has not read yet.  Ends with
+                # EAGAIN or FIN, or with a peer that sends faster than we read.
                 if self.bytes_out:
                     any(not sock.recv(_RECV_SIZE) for _ in range(_EMPTYING))
         except OSError as error:  # so the peer knows already, or never will
@@ -3445,7 +3448,7 @@ class Connection:
     def probe(self):
         """Probe; return (State, whether bytes wait).
 
-        Keeps what the probe has consumed, and ends nothing.
+        Keeps a FIN or an error that the probe has met, and ends nothing.
         """
         if self.phase is _CONNECTING:
             return self.opening.probe(), False
@@ -3807,7 +3810,7 @@ class SpecFunctions:
 
     @_script_function("[conid]")
     def tcp_enable_closed_event(self, conid):
-        """Have the end of a connection told if closed_event is 2.  Spec: 3.6.
+        """Report the end of a connection if closed_event is 2.  Spec: 3.6.
 
         Without a conid FAILURE unless closed_event is 2, as in the original.
         """
@@ -3873,7 +3876,7 @@ class SpecFunctions:
         return Result.SUCCESS
 
     def _outbound(self):
-        """Return what forward is to heed for the message being handled."""
+        """Return the dict that forward heeds for the message in hand."""
         handlers = self._handlers
         if handlers.current is None or handlers.event is not None:
             raise _ArgumentError("only in the handler of a message")
@@ -3889,7 +3892,7 @@ class SpecFunctions:
 # ---------------------------------------------------------------------------
 # 20. TcpOps
 #
-# What a program holds: it puts the pieces above together.
+# The object that a program holds: it puts the pieces above together.
 # ---------------------------------------------------------------------------
 
 #: Descriptors left for the host program where max_connections is not given.
@@ -3985,7 +3988,7 @@ class TcpOps(SpecFunctions):
         self._handlers = Handlers(self._table, closed_event, event_callback)
         self._reactor = Reactor(clock, self._handlers)
         self._draining = False
-        self._last_keepalive = None  # what was enabled last
+        self._last_keepalive = None  # shared by all that enable the same
         _instances.add(self)
 
     def __repr__(self):
@@ -4079,10 +4082,10 @@ class TcpOps(SpecFunctions):
         tls is an ssl.SSLContext for clients, which says what is verified;
         server_hostname is the name in the certificate where it is not host.
 
-        An event reports the outcome: tcp:opened, or an end.  What is sent
-        meanwhile is queued.  A name is looked up at once, which may block; its
-        addresses are tried in turn, all within connect_timeout.  Raises
-        OSError (no such name, no descriptor), ValueError (not a name).
+        An event reports the outcome: tcp:opened, or an end.  Payloads sent
+        meanwhile are queued.  The lookup of a name may block; its addresses
+        are tried in turn, all within connect_timeout.  Raises OSError (no such
+        name, no descriptor), ValueError (not a name).
         """
         plan = self._plan("connect", framing, tls, server_hostname,
                           (host, port))
@@ -4133,7 +4136,7 @@ class TcpOps(SpecFunctions):
         """Send payload on a connection; return a Result.
 
         A str is a text message on a WebSocket, elsewhere its UTF-8 bytes.
-        What the kernel does not take is queued.  FAILURE, and nothing sent:
+        Bytes that the kernel does not take are queued.  FAILURE, nothing sent:
         there is no such connection, it is ending, or its queue is over
         max_write_buffer.  Raises TypeError for neither bytes nor str.
         """
@@ -4234,7 +4237,7 @@ class TcpOps(SpecFunctions):
     next_deadline = _part("_reactor", Reactor.next_deadline)
 
     def drain(self, timeout):
-        """Stop accepting, send what is queued, and end every connection.
+        """Stop accepting, send the queues, and end every connection.
 
         Returns when all have ended, after timeout seconds (of real time) at
         the latest.  Their reason is "shutdown", or "reset" after an RST.

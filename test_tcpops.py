@@ -6560,6 +6560,7 @@ class TestLoop:
         sock = world.accept(server)
         sock.sendall(b"data")
         rst(sock)
+        assert world.ops.tcp_conid_state(conid) is State.ERROR
         world.on_event = lambda event: world.ops.close()
         world.ops.step(5)
         assert [(event.conid, event.name) for event in world.events] == [

@@ -3950,8 +3950,8 @@ class TcpOps(SpecFunctions):
     """Every TCP connection by its number, and the loop that runs them.
 
     Settings (keyword arguments; ValueError for a wrong one).  Each can be
-    read under its name, and but for clock assigned; it counts for the
-    connections made afterwards:
+    read under its name and, but for clock, assigned: timeouts, lifetime and
+    sizes count for connections made afterwards, the others at once:
 
     closed_event         whose end is reported: 0 no one's, 1 every
                          connection's, 2 where tcp_enable_closed_event was

@@ -1814,6 +1814,15 @@ NOT_READING = types.MappingProxyType({
 })
 
 
+def not_reading(conn):
+    """Return why a connection is not read: those of NOT_READING that hold."""
+    messages = conn.messages
+    return ((["queue"] if conn.is_full() else [])
+            + (["messages"] if messages is not None and messages.waiting
+               else [])
+            + (["suspended"] if conn in conn.plan.reactor.suspended else []))
+
+
 class Deadline(NamedTuple):
     """A row of DEADLINES.  Its functions take a connection."""
 
@@ -1891,7 +1900,7 @@ def deadlines_of(conn):
     """Return {kind: time} of the deadlines that a connection has."""
     if conn.phase is _READING_REST or conn.phase is _ENDED:
         return {}
-    waiting = {kind for why in conn.not_reading() for kind in NOT_READING[why]}
+    waiting = {kind for why in not_reading(conn) for kind in NOT_READING[why]}
     times = {kind: row.time(conn) for kind, row in DEADLINES.items()
              if kind not in waiting}
     return {kind: time for kind, time in times.items() if time != NEVER}
@@ -2100,6 +2109,15 @@ class Handlers:
         return count
 
     @staticmethod
+    def call(function, *arguments):
+        """Call any other function of the program's."""
+        try:
+            function(*arguments)
+        except BaseException as error:
+            log.exception("%r raised", function,
+                          exc_info=_program_error(error))
+
+    @staticmethod
     def log_raised(conn, what, error):
         """Log the exception of a function of the program's."""
         log.error("conid %d: %s raised", conn.conid,
@@ -2282,7 +2300,7 @@ class Reactor:
         """
         _function(ready)
         self._selector.register(sock, events, _Attended(
-            sock, lambda mask: self._run_call(ready, mask)))
+            sock, lambda mask: self._handlers.call(ready, mask)))
 
     def dismiss(self, sock):
         """Undo attend."""
@@ -2334,14 +2352,6 @@ class Reactor:
     def _drain_waker(self, _mask):
         with contextlib.suppress(BlockingIOError):
             self._woken.recv(4096)
-
-    @staticmethod
-    def _run_call(function, *arguments):
-        try:
-            function(*arguments)
-        except BaseException as error:
-            log.exception("%r raised", function,
-                          exc_info=_program_error(error))
 
     def fileno(self):
         """Return a descriptor that is readable when step(0) has work to do.
@@ -2465,17 +2475,18 @@ class Reactor:
                     handled += 1 + report()
             self._owner = None
             for call in _take(self._calls):
-                self._run_call(*call)
+                self._handlers.call(*call)
                 handled += 1 + report()
             for _ in range(_BATCH if fires else 0):
                 self._owner = self.deadlines.pop(now)
                 if self._owner is None:
                     break
                 try:
-                    handled += self._owner.fire(now) + report()
+                    handled += self._owner.fire(now)
                 except BaseException:  # Ctrl-C must not make it immortal
                     self.deadlines.arm(self._owner, now)
                     raise
+                handled += report()
             if self._resume_at <= now:
                 self._resume_at = NEVER
                 handled += len(self.suspended)
@@ -2549,6 +2560,7 @@ class Reactor:
         self.turning = False
         self.suspended.clear()
         self._work.clear()
+        self.deadlines = Deadlines()
         for held in (self._outer, self._selector, self._waker, self._woken):
             if held is not None:
                 held.close()
@@ -2562,7 +2574,6 @@ class Reactor:
             wakeup = signal.set_wakeup_fd(-1)
             if wakeup not in (-1, self._waker.fileno()):
                 signal.set_wakeup_fd(wakeup)  # the host program's
-        self.deadlines = Deadlines()
         self._handlers.events.clear()
         self._calls.clear()
         self.release()
@@ -3170,20 +3181,12 @@ class Connection:
         self.renewed = reactor.clock()
         reactor.arm(self, self.renewed + self.lifetime)
 
-    def not_reading(self):
-        """Return why it is not read: those of NOT_READING that hold."""
-        reasons = {
-            "queue": self.is_full(),
-            "messages": self.messages is not None and self.messages.waiting,
-            "suspended": self in self.plan.reactor.suspended}
-        return [why for why, holds in reasons.items() if holds]
-
     def watch(self):
         """Have it selected for the events that phase and queue allow."""
         phase, events = self.phase, 0
         if phase is _CONNECTING or self.queue is not None:
             events = _WRITE
-        if phase.reads and not self.not_reading():
+        if phase.reads and not not_reading(self):
             events |= _READ
         if events & _READ & ~self.events:  # until now the silence was ours
             if phase is _OPEN:

@@ -6450,6 +6450,19 @@ class TestLoop:
             sock.close()
         assert world.end(conid).reason == reason
 
+    def test_ctrl_c_in_the_handler_of_a_timeout_leaves_no_deadline(
+            self, timed):
+        _, conid = timed.client()
+        timed.clock.advance(120)
+
+        def on_event(event):
+            raise KeyboardInterrupt
+        timed.on_event = on_event
+        with pytest.raises(KeyboardInterrupt):
+            timed.ops.step(0)
+        assert timed.end(conid).reason == "lifetime"
+        assert not timed.ops._reactor.deadlines._heap
+
     def test_a_listener_without_room_is_noted_once(self, make_world, clock):
         world = make_world(clock=clock, max_connections=1)
         world.client()

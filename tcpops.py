@@ -2078,9 +2078,9 @@ class Handlers:
 
     def message(self, conn, msg):
         """Call the handler of a message."""
-        self.current = conn
         handler = self._request
         try:
+            self.current = conn
             if self._onreply is not None and msg.is_reply:
                 handler = self._onreply
             if handler is not None:
@@ -2096,8 +2096,8 @@ class Handlers:
         for conn, event in _take(self.events):
             count += 1
             handler, argument = self.handler_of(event)
-            self.current, self.event = conn, event
             try:
+                self.current, self.event = conn, event
                 if handler is not None:
                     handler(argument)
             except BaseException as error:
@@ -2460,7 +2460,6 @@ class Reactor:
         # Deadlines that come while handlers run are for the next turn: bytes
         # that peers have sent in the meantime are read before.
         now, report, self._owner = self.clock(), self._handlers.report, None
-        assert self._handlers.current is None, "a turn inside a handler"
         try:
             handled = self._serve_ready(ready)
             fires = self.deadlines.next() <= now

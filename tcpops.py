@@ -27,27 +27,17 @@ Without a program: python tcpops.py --listen
 
 The file reads from top to bottom; nothing is used above its definition:
 
-    1  Imports and public names
-    2  The words of the specification
-    3  What callers pass
-    4  Deadlines
-    5  Keepalive
-    6  Probing a socket
-    7  Messages and framings
-    8  SIP over a stream
-    9  WebSocket
-   10  TLS
+    1  Imports and public names          12  The table of connections
+    2  The words of the specification   13  Handlers
+    3  Arguments                        14  The reactor
+    4  Deadlines                        15  The plan of a connection
+    5  Keepalive                        16  A connection
+    6  Probing a socket                 17  A listener
+    7  Messages and framings            18  Questions
+    8  SIP over a stream                19  The functions of the specification
+    9  WebSocket                        20  TcpOps
+   10  TLS                              21  The command line
    11  The life of a connection
-   12  The table of connections
-   13  Handlers
-   14  The reactor
-   15  The plan of a connection
-   16  A connection
-   17  A listener
-   18  Questions
-   19  The functions of the specification
-   20  TcpOps
-   21  The command line
 
 One raw connection from accept to its event, in the order in which it runs:
 Reactor._turn, Reactor._serve_ready, Listener.ready, Listener._admit,
@@ -137,8 +127,7 @@ class Result(_Code):
     FAILURE = -1
 
 
-# What each message and probe names: a member of an enum is looked up in no
-# time from here, and slowly by its class before Python 3.12.
+# Used for each message: before Python 3.12 a look-up by the class is slow.
 _SUCCESS, _FAILURE = Result
 
 
@@ -193,19 +182,12 @@ REASONS = {reason: row.event for reason, row in _REASONS.items()}
 # kernel hands out when its own timer gives up: the peer has vanished.
 _UNREACHABLE = (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH,
                 errno.EHOSTDOWN, errno.ENOPROTOOPT)
-_CONNECTING_REASON = {
-    errno.ECONNREFUSED: "reset",
-    errno.ECONNRESET: "reset",
-    errno.ECONNABORTED: "reset",
-    **dict.fromkeys(_UNREACHABLE, "connect"),
-}
-_CONNECTED_REASON = {
-    errno.EPIPE: "eof",  # RST after FIN; the peer's first segment decides
-    errno.ECONNRESET: "reset",
-    errno.ECONNABORTED: "reset",
-    **dict.fromkeys(_UNREACHABLE, "keepalive"),
-    errno.ECONNREFUSED: "keepalive",
-}
+_RESET = dict.fromkeys((errno.ECONNRESET, errno.ECONNABORTED), "reset")
+_CONNECTING_REASON = {**_RESET, errno.ECONNREFUSED: "reset",
+                      **dict.fromkeys(_UNREACHABLE, "connect")}
+_CONNECTED_REASON = {**_RESET, errno.ECONNREFUSED: "keepalive",
+                     **dict.fromkeys(_UNREACHABLE, "keepalive"),
+                     errno.EPIPE: "eof"}  # RST after FIN: the FIN decides
 
 
 class Cause(NamedTuple):
@@ -225,10 +207,9 @@ class Cause(NamedTuple):
         """Translate the error of a socket."""
         table = _CONNECTING_REASON if connecting else _CONNECTED_REASON
         reason = table.get(number, "error")
-        if reason == "eof":
-            # The same end as a FIN that recv() shows, so the same answer.
-            return cls.of("eof")
-        return cls(reason, number, os.strerror(number))
+        # An "eof" looks like that of a FIN which recv() has shown.
+        return (cls.of(reason) if reason == "eof"
+                else cls(reason, number, os.strerror(number)))
 
     @property
     def state(self):
@@ -268,13 +249,11 @@ class Event(NamedTuple):
         return _EVENTS[self.name]
 
 # ---------------------------------------------------------------------------
-# 3. What callers pass
+# 3. Arguments
 #
-# Two languages meet in this file.  Listening, connecting and settings speak
-# Python: a wrong value raises.  The functions of the specification speak the
-# script language: a wrong value is one log line and -1.  Both check with what
-# stands here, which always raises _ArgumentError; section 19 is the only place
-# that turns it into a return code, and takes no other ValueError for one.
+# A wrong argument raises where Python calls, and is one log line and -1 in the
+# functions of the specification.  Both check here, where it always raises
+# _ArgumentError; only section 19 turns that into a return code.
 # ---------------------------------------------------------------------------
 
 
@@ -316,12 +295,6 @@ def _number(value, name, low, high, whole=False):
     return number if isinstance(number, int) else float(number)
 
 
-def _checked(name, check, doc):
-    """Return a property that keeps a value once it has passed a check."""
-    return property(lambda self: getattr(self, name),
-                    lambda self, value: setattr(self, name, check(value)),
-                    doc=doc)
-
 
 def _arguments(takes, names, given, named):
     """Sort a function's arguments; "[conid]" in takes may be left out."""
@@ -347,13 +320,6 @@ def _function(function):
             f"a plain function is needed, not {reprlib.repr(function)}")
     return function
 
-
-def _callback(function):
-    """Return a function or None, or raise ValueError or TypeError."""
-    if function is not None and not callable(function):
-        raise ValueError("event_callback must be callable or None,"
-                         f" not {reprlib.repr(function)}")
-    return function and _function(function)
 
 
 def _payload(payload):
@@ -464,16 +430,8 @@ def _peer_key(address):
     return host, address[1]
 
 
-# What code of the program's raises is logged, and costs its own connection at
-# most.  A signal handler of the program's may run inside a system call of ours
-# too: what it raises there is no error of the socket.
-
-
-def _program_error(error):
-    """Return what code of the program's has raised, unless it is to leave."""
-    if isinstance(error, (SystemExit, KeyboardInterrupt)):
-        raise error
-    return error
+# A signal handler of the program's may run inside a system call of ours: what
+# it raises there is no error of the socket.
 
 
 def _is_signal(error):
@@ -589,23 +547,19 @@ class Keepalive(NamedTuple):
         return self.idle + self.count * self.interval
 
 
-#: Each setting and the names of its option: macOS has its own for the first.
-#: Linux takes 1 to 32767 seconds, 1 to 127 probes.
-_KEEPALIVE_OPTIONS = {"idle": ("TCP_KEEPIDLE", "TCP_KEEPALIVE"),
-                      "count": ("TCP_KEEPCNT",),
-                      "interval": ("TCP_KEEPINTVL",)}
-
-
 def _keepalive_options():
-    """Return [(setting, option's name, option)], OSError if one is missing."""
-    options = []
-    for setting, names in _KEEPALIVE_OPTIONS.items():
-        name = next((name for name in names if hasattr(socket, name)), None)
-        if name is None:
-            raise OSError(errno.ENOPROTOOPT,
-                          f"this platform has no {' or '.join(names)}")
-        options.append((setting, name, getattr(socket, name)))
-    return options
+    """Return [(setting, option's name, option)], OSError if one is missing.
+
+    Linux takes 1 to 32767 seconds, 1 to 127 probes.
+    """
+    first = "TCP_KEEPIDLE" if hasattr(socket, "TCP_KEEPIDLE") else (
+        "TCP_KEEPALIVE")  # macOS
+    names = first, "TCP_KEEPCNT", "TCP_KEEPINTVL"
+    try:
+        return [(setting, name, getattr(socket, name))
+                for setting, name in zip(Keepalive._fields, names)]
+    except AttributeError as error:
+        raise OSError(errno.ENOPROTOOPT, str(error)) from None
 
 
 def get_keepalive(sock):
@@ -1988,7 +1942,8 @@ class Table:
 # The program's functions, and the only place that calls them.  A handler never
 # runs inside another: an end meanwhile queues its event, which is reported
 # after the handler has returned.  An exception of a handler is logged and
-# changes nothing else.
+# changes nothing else.  One that is to leave the loop (Ctrl-C, sys.exit) is
+# kept until the turn can raise it without cutting work of ours short.
 # ---------------------------------------------------------------------------
 
 
@@ -2007,37 +1962,18 @@ class Handlers:
     the first.
     """
 
-    def __init__(self, table, closed_event=1, event_callback=None):
+    def __init__(self, table):
         self._table = table
-        self.closed_event = closed_event
-        self.event_callback = event_callback
+        self.closed_event = 1
+        self.event_callback = None
         self._request = self._onreply = None
         self._routes = {}        # handlers by the event's name
         self.events = collections.deque()  #: of (connection, Event), queued
         self.current = None      #: the connection of the handler that runs
         self.event = None        #: the event of the handler that runs
+        self.leaving = None      #: the exception that is to leave the loop
         self.outbound = None     #: see tcp_set_otcpid; of one message
 
-    closed_event = _checked(
-        "_closed_event", functools.partial(
-            _number, name="closed_event", low=0, high=2, whole=True),
-        "Whose end is reported: 0 no one's, 1 every connection's, 2 that of"
-        " those for which tcp_enable_closed_event was called.  Spec: 2.1.")
-    event_callback = _checked(
-        "_event_callback", _callback,
-        "Called with the event's name instead of any handler; see event.")
-
-    def modparam(self, module, name, value):
-        """Set a parameter as the script language does.  Spec: 2.
-
-        Raises ValueError for a wrong value, and any other parameter.
-        """
-        known = ("tcpops", "closed_event"), ("tcpops", "event_callback")
-        if (module, name) not in known:
-            raise ValueError(
-                'modparam knows "tcpops" with "closed_event" and'
-                f' "event_callback", not {module!r} with {name!r}')
-        setattr(self, name, value)
 
     def request_route(self, handler):
         """Decorator: call handler(msg) for each message received."""
@@ -2069,8 +2005,8 @@ class Handlers:
 
     def handler_of(self, event):
         """Return (handler or None, its argument) of an event."""
-        if self._event_callback is not None:
-            return self._event_callback, event.name
+        if self.event_callback is not None:
+            return self.event_callback, event.name
         handler = self._routes.get(event.name)
         if handler is None and event.is_end:
             handler = self._routes.get("tcp:closed")
@@ -2086,7 +2022,7 @@ class Handlers:
             if handler is not None:
                 handler(msg)
         except BaseException as error:
-            self.log_raised(conn, handler, error)
+            self.raised(error, handler, conn)
         finally:
             self.current = self.outbound = None
 
@@ -2101,28 +2037,29 @@ class Handlers:
                 if handler is not None:
                     handler(argument)
             except BaseException as error:
-                self.log_raised(conn, handler, error)
+                self.raised(error, handler, conn)
             finally:
                 self.current = self.event = None
                 if event.is_end:
                     self._table.remove(conn)
+            if self.leaving is not None:
+                break
         return count
 
-    @staticmethod
-    def call(function, *arguments):
+    def call(self, function, *arguments):
         """Call any other function of the program's."""
         try:
             function(*arguments)
         except BaseException as error:
-            log.exception("%r raised", function,
-                          exc_info=_program_error(error))
+            self.raised(error, function)
 
-    @staticmethod
-    def log_raised(conn, what, error):
-        """Log the exception of a function of the program's."""
-        log.error("conid %d: %s raised", conn.conid,
-                  getattr(what, "__qualname__", what),
-                  exc_info=_program_error(error))
+    def raised(self, error, what, conn=None):
+        """Log the exception of a function of the program's, or keep it."""
+        if isinstance(error, (SystemExit, KeyboardInterrupt)):
+            self.leaving = self.leaving or error
+        else:
+            log.error("%s%s raised", conn and f"conid {conn.conid}: " or "",
+                      getattr(what, "__qualname__", what), exc_info=error)
 
 # ---------------------------------------------------------------------------
 # 14. The reactor
@@ -2459,7 +2396,7 @@ class Reactor:
         ready = self._select(wait)
         # Deadlines that come while handlers run are for the next turn: bytes
         # that peers have sent in the meantime are read before.
-        now, report, self._owner = self.clock(), self._handlers.report, None
+        now, self._owner = self.clock(), None
         try:
             handled = self._serve_ready(ready)
             fires = self.deadlines.next() <= now
@@ -2471,43 +2408,56 @@ class Reactor:
                 if self._work:  # pragma: no branch (in a child, after fork())
                     self._owner = self._work.popitem(last=False)[0]
                     self._owner.work()
-                    handled += 1 + report()
+                    handled += 1 + self._settle()
             self._owner = None
             for call in _take(self._calls):
                 self._handlers.call(*call)
-                handled += 1 + report()
+                handled += 1 + self._settle()
             for _ in range(_BATCH if fires else 0):
                 self._owner = self.deadlines.pop(now)
                 if self._owner is None:
                     break
                 try:
                     handled += self._owner.fire(now)
-                except BaseException:  # Ctrl-C must not make it immortal
+                except BaseException:  # a signal must not make it immortal
                     self.deadlines.arm(self._owner, now)
                     raise
-                handled += report()
+                handled += self._settle()
             if self._resume_at <= now:
                 self._resume_at = NEVER
                 handled += len(self.suspended)
                 for owner in list(self.suspended):
                     self.resume(owner)
-        except Exception as error:
-            if self._owner is not None and not _is_signal(error):
-                self._owner.fault(error)
+        except BaseException as error:
+            owner, self._owner = self._owner, None
+            if owner is not None:
+                if isinstance(error, Exception) and not _is_signal(error):
+                    owner.fault(error)
+                self.later(owner)  # a signal may have cut its turn short
             raise
         return handled
+
+    def _settle(self):
+        """Report an owner's events, and raise what is to leave the loop."""
+        handlers = self._handlers
+        count = handlers.report()
+        if handlers.leaving is not None:
+            error, handlers.leaving = handlers.leaving, None
+            self._owner = None
+            raise error
+        return count
 
     def _serve_ready(self, ready):
         """Input and output; return how many things were handled."""
         in_vain, handlers, handled = (), self._handlers, len(ready)
-        if handlers.events:
-            handled += handlers.report()  # of calls from outside
+        if handlers.events or handlers.leaving is not None:
+            handled += self._settle()  # of calls from outside
         for key, mask in ready:
             self._owner = owner = key.data
             if not owner.ready(mask):
                 in_vain = (*in_vain, owner)
-            if handlers.events:
-                handlers.report()
+            if handlers.events or handlers.leaving is not None:
+                self._settle()
         self._owner = None
         if in_vain or self._in_vain:
             self._guard(in_vain)
@@ -2549,13 +2499,9 @@ class Reactor:
 
     def release(self):
         """Report the last events and give the descriptors back."""
-        failure = None
         self.turning = True  # a handler may not start another turn
         while self._handlers.events:
-            try:
-                self._handlers.report()
-            except BaseException as error:  # Ctrl-C: the rest is reported, too
-                failure = failure or error
+            self._handlers.report()
         self.turning = False
         self.suspended.clear()
         self._work.clear()
@@ -2563,8 +2509,7 @@ class Reactor:
         for held in (self._outer, self._selector, self._waker, self._woken):
             if held is not None:
                 held.close()
-        if failure:
-            raise failure
+        self._settle()
 
     def abandon(self):
         """Give up this process's copies, in a child after fork()."""
@@ -2809,28 +2754,24 @@ class Opening:
     def check(self):
         """Act on the result of connect(); return whether there is one."""
         self.probe()
-        number = self._success() if self.errno is None else self.errno
-        self.errno = None
-        if number and number not in _ENDED_SINCE:
-            self.proceed(number)
-        elif number is not None:
-            self.conn.local = _peer_key(self.conn.sock.getsockname())
+        sock, number, self.errno = self.conn.sock, self.errno, None
+        if number is None:
+            try:
+                if sock.getpeername() == sock.getsockname():
+                    # Nothing listens, and the kernel took that very port as
+                    # ours: TCP connects a socket with itself (RFC 9293, 3.5).
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
+                                    _LINGER_RESET)
+                    number = errno.ECONNREFUSED
+            except OSError as error:
+                _system_error(error)
+                return False  # not yet: the event was of the address before
+        if number is None or number in _ENDED_SINCE:
+            self.conn.local = _peer_key(sock.getsockname())
             self.conn.begin()
-        return number is not None
-
-    def _success(self):
-        """Return 0, or an errno after all; None: connect() goes on."""
-        sock = self.conn.sock
-        try:
-            if sock.getpeername() != sock.getsockname():
-                return 0
-        except OSError as error:
-            _system_error(error)
-            return None  # not yet: the event was of the address before
-        # Nothing listens, and the kernel took that very port as ours: TCP
-        # connects a socket with itself (RFC 9293, 3.5).
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_RESET)
-        return errno.ECONNREFUSED
+        else:
+            self.proceed(number)
+        return True
 
     def keep(self, payload):
         """Keep a payload until it is open; return whether there is room."""
@@ -2854,7 +2795,7 @@ class Messages:
         self.deadline = NEVER   #: of a message that is incomplete
 
     def ask(self, call, *args):
-        """Call the framing; return the answer, or _FAILED after the end.
+        """Call the framing; return the answer, or _FAILED after failed().
 
         So an error of ours never passes for one of the framing's.
         """
@@ -2866,19 +2807,17 @@ class Messages:
 
     def failed(self, error):
         """End the connection: its framing cannot go on."""
-        if _is_signal(_program_error(error)):
-            raise error
-        detail, conn = str(error), self.conn
-        if not isinstance(error, ProtocolError):
-            log.error("conid %d: framing %s raised", conn.conid,
-                      conn.plan.name, exc_info=error)
+        conn, handlers = self.conn, self.conn.plan.handlers
+        if isinstance(error, ProtocolError):
+            detail = str(error)
+        elif isinstance(error, (SystemExit, KeyboardInterrupt)) or _is_signal(
+                error):
+            handlers.leaving = error
+            return self.postpone()
+        else:
+            handlers.raised(error, f"framing {conn.plan.name}", conn)
             detail = f"the framing raised {error!r}"
         conn.end(Cause("protocol", None, detail), _SEND_REST)
-
-    def begin(self):
-        """Start the handshake, if there is one."""
-        if self.ask(self.framing.begin, self.conn.plan.host) is not _FAILED:
-            self.shake_hands()
 
     def speak(self):
         """Send the bytes that the framing sends by itself."""
@@ -2908,46 +2847,42 @@ class Messages:
         connection or filled its queue; flush() then has the rest delivered.
         """
         conn, framing, count, anew = self.conn, self.framing, 0, False
-        report = conn.plan.handlers.report
-        try:
-            if data and self.ask(framing.receive, data) is _FAILED:
-                return
-            if (data and (framing.output or not conn.opened)
-                    and self.shake_hands()):
-                report()
-            while conn.phase.delivers and not conn.is_full():
-                if count == _SHARE:
-                    if anew:
-                        self.deadline = NEVER
-                    self.postpone()
-                    break
-                try:
-                    payload = framing.next_message()
-                    news = framing.output or not conn.opened
-                    if payload is None:
-                        closed, partial = framing.closed, framing.partial
-                    elif payload is SKIPPED:
-                        anew = anew or not framing.amid
-                except BaseException as error:
-                    self.failed(error)
-                    break
-                if news and self.shake_hands():
-                    report()  # tcp:opened, before the messages
-                if not conn.phase.delivers:
-                    break
+        handlers = conn.plan.handlers
+        if data and self.ask(framing.receive, data) is _FAILED:
+            return
+        if (data and (framing.output or not conn.opened)
+                and self.shake_hands()):
+            handlers.report()
+        while conn.phase.delivers and not conn.is_full():
+            if count == _SHARE or handlers.leaving is not None:
+                if anew:
+                    self.deadline = NEVER
+                self.postpone()
+                break
+            try:
+                payload = framing.next_message()
+                news = framing.output or not conn.opened
                 if payload is None:
-                    if closed:
-                        conn.end_of_stream()
-                    else:
-                        self._time(partial, anew)
-                    break
-                count += 1
-                if payload is not SKIPPED:
-                    anew = True
-                    self.hand_over(payload)
-        except BaseException:
-            self.postpone()  # Ctrl-C in a handler loses no message
-            raise
+                    closed, partial = framing.closed, framing.partial
+                elif payload is SKIPPED:
+                    anew = anew or not framing.amid
+            except BaseException as error:
+                self.failed(error)
+                break
+            if news and self.shake_hands():
+                handlers.report()  # tcp:opened, before the messages
+            if not conn.phase.delivers:
+                break
+            if payload is None:
+                if closed:
+                    conn.end_of_stream()
+                else:
+                    self._time(partial, anew)
+                break
+            count += 1
+            if payload is not SKIPPED:
+                anew = True
+                self.hand_over(payload)
 
     def hand_over(self, payload):
         """Make a message of a payload and hand it to its handler."""
@@ -2980,8 +2915,8 @@ class Messages:
         try:
             return bytes(self.framing.farewell(reason))
         except BaseException as error:
-            conn.plan.handlers.log_raised(
-                conn, f"framing {conn.plan.name}", error)
+            conn.plan.handlers.raised(
+                error, f"framing {conn.plan.name}", conn)
             return b""
 
 
@@ -3047,17 +2982,18 @@ class Connection:
 
     def begin(self):
         """Once connected: start the framing's handshake, or be open."""
-        try:
-            if self.messages is None:
-                self.open()
-                return
+        messages = self.messages
+        if messages is None:
+            self.open()
+        else:
             self.opening = self.opening or Opening(self)
             self.enter(_HANDSHAKE)
-            self.messages.begin()
-        finally:  # Ctrl-C in a framing must not make it immortal
+            if messages.ask(messages.framing.begin,
+                            self.plan.host) is not _FAILED:
+                messages.shake_hands()
             if self.phase is _HANDSHAKE:
                 self.opening.set_deadline(self.plan.settings.message_timeout)
-            self.watch()
+        self.watch()
 
     def open(self):
         """Become usable: report it, and send the early payloads."""
@@ -3114,29 +3050,25 @@ class Connection:
 
     def work(self):
         """Do the work that was left for the turn."""
-        try:
-            messages = self.messages
-            if self.phase is not _ENDED and self.sock.fileno() < 0:
-                self.fail(Cause.of_errno(errno.EBADF))  # behind our back
-            if self.phase is _CONNECTING:
-                if self.failed and self.opening.errno not in _ENDED_SINCE:
-                    self.end(self.seen)
-                else:
-                    self.opening.check()
-            if self.failed and self.phase not in (_READING_REST, _CONNECTING):
-                # After the program has asked for the end it gets no message.
-                self.end(self.seen, _READ_REST if self.cause is None
-                         else _AT_ONCE)
-            if messages is not None and messages.waiting:
-                messages.waiting = False
-                self.renewed = self.plan.reactor.clock()  # we lag behind
-                messages.deliver()
-            if self.phase is _READING_REST:
-                self._read_rest()
-            self.watch()
-        except BaseException:  # Ctrl-C in a handler must not make it immortal
-            self.plan.reactor.later(self)
-            raise
+        messages = self.messages
+        if self.phase is not _ENDED and self.sock.fileno() < 0:
+            self.fail(Cause.of_errno(errno.EBADF))  # behind our back
+        if self.phase is _CONNECTING:
+            if self.failed and self.opening.errno not in _ENDED_SINCE:
+                self.end(self.seen)
+            else:
+                self.opening.check()
+        if self.failed and self.phase not in (_READING_REST, _CONNECTING):
+            # After the program has asked for the end it gets no message.
+            self.end(self.seen, _READ_REST if self.cause is None
+                     else _AT_ONCE)
+        if messages is not None and messages.waiting:
+            messages.waiting = False
+            self.renewed = self.plan.reactor.clock()  # we lag behind
+            messages.deliver()
+        if self.phase is _READING_REST:
+            self._read_rest()
+        self.watch()
 
     def fire(self, now):
         """Act on the earliest deadline; return whether it had come."""
@@ -3225,7 +3157,8 @@ class Connection:
     def _read_rest(self):
         """Deliver the bytes of a dead socket, a share a turn; then end."""
         for _ in range(_REST_READS):
-            if self.messages is not None and self.messages.waiting:
+            if (self.messages is not None and self.messages.waiting
+                    or self.plan.handlers.leaving is not None):
                 break
             self.plan.handlers.report()  # that it is open, before its messages
             if self.phase is not _READING_REST:
@@ -3366,15 +3299,12 @@ class Connection:
                 cause = cause._replace(errno=self.icmp,
                                        detail=os.strerror(self.icmp))
             self.cause = cause
-        waits = False
-        try:
-            waits = manner is _SEND_REST and self._send_rest(cause)
-        finally:  # Ctrl-C in its farewell must not leave it half closed
-            if (manner is _SEND_REST and self.phase is _SENDING_REST
-                    and self.queue is not None and not self.failed):
-                self.watch()
-            elif not waits and self.phase is not _ENDED:
-                self._leave()
+        waits = manner is _SEND_REST and self._send_rest(cause)
+        if (manner is _SEND_REST and self.phase is _SENDING_REST
+                and self.queue is not None and not self.failed):
+            self.watch()
+        elif not waits and self.phase is not _ENDED:
+            self._leave()
 
     def _send_rest(self, cause):
         """Send the queue, then the farewell; return whether that has to wait
@@ -3401,8 +3331,8 @@ class Connection:
         assert self.cause is not None, "an end without a cause"
         self.enter(_ENDED)
         plan.reactor.deadlines.disarm(self)
+        self.watch()
         try:
-            self.watch()
             self._close(cut_short, phase)
         finally:  # a signal handler may raise there
             cause = self.cause
@@ -3562,7 +3492,7 @@ class Listener:
             framing = plan.build()
         except BaseException as error:
             sock.close()
-            plan.handlers.log_raised(self, "the framing", error)
+            plan.handlers.raised(error, "the framing", self)
             return
         if plan.reactor.closing:  # by the framing
             return sock.close()
@@ -3928,13 +3858,7 @@ if hasattr(os, "register_at_fork"):  # pragma: no branch (Windows)
 
 
 def _part(name, member):
-    """Return a method, or a property, that a part of TcpOps has for it."""
-    if isinstance(member, property):
-        return property(
-            lambda ops: member.fget(getattr(ops, name)),
-            lambda ops, value: member.fset(getattr(ops, name), value),
-            doc=member.__doc__)
-
+    """Return a method that a part of TcpOps has for it."""
     @functools.wraps(member)
     def _call(self, *args, **named):
         return member(getattr(self, name), *args, **named)
@@ -3951,9 +3875,10 @@ def _setting(name):
 class TcpOps(SpecFunctions):
     """Every TCP connection by its number, and the loop that runs them.
 
-    Settings (keyword arguments; ValueError for a wrong one).  Each can be
-    read under its name and, but for clock, assigned: timeouts, lifetime and
-    sizes count for connections made afterwards, the others at once:
+    Settings (keyword arguments; ValueError for a wrong one, TypeError where a
+    function is needed).  Each can be read under its name and, but for clock,
+    assigned: timeouts, lifetime and sizes count for connections made
+    afterwards, the others at once:
 
     closed_event         whose end is reported: 0 no one's, 1 every
                          connection's, 2 where tcp_enable_closed_event was
@@ -3983,12 +3908,11 @@ class TcpOps(SpecFunctions):
             connect_timeout=connect_timeout, send_timeout=send_timeout,
             message_timeout=message_timeout, max_message=max_message,
             max_write_buffer=max_write_buffer)
-        if not callable(clock):
-            raise ValueError(f"clock must be callable, not {clock!r}")
-        self._table = Table(NEVER)
-        self.max_connections = max_connections
-        self._handlers = Handlers(self._table, closed_event, event_callback)
-        self._reactor = Reactor(clock, self._handlers)
+        self._table = Table(_room(max_connections))
+        self._handlers = Handlers(self._table)
+        self.closed_event = closed_event
+        self.event_callback = event_callback
+        self._reactor = Reactor(_function(clock), self._handlers)
         self._draining = False
         self._last_keepalive = None  # shared by all that enable the same
         _instances.add(self)
@@ -4015,9 +3939,29 @@ class TcpOps(SpecFunctions):
         lambda ops: ops._table.limit,
         lambda ops, limit: setattr(ops._table, "limit", _room(limit)),
         doc="Connections at once; inf if nothing limits them.")
-    closed_event = _part("_handlers", Handlers.closed_event)
-    event_callback = _part("_handlers", Handlers.event_callback)
-    modparam = _part("_handlers", Handlers.modparam)
+    closed_event = property(
+        lambda ops: ops._handlers.closed_event,
+        lambda ops, mode: setattr(ops._handlers, "closed_event", _number(
+            mode, "closed_event", 0, 2, whole=True)),
+        doc="Whose end is reported, 0 to 2: see TcpOps.  Spec: 2.1.")
+    event_callback = property(
+        lambda ops: ops._handlers.event_callback,
+        lambda ops, function: setattr(
+            ops._handlers, "event_callback",
+            None if function is None else _function(function)),
+        doc="Called with the event's name instead of any handler; see event.")
+
+    def modparam(self, module, name, value):
+        """Set a parameter as the script language does.  Spec: 2.
+
+        Raises ValueError for a wrong value, and any other parameter.
+        """
+        if (module, name) not in (("tcpops", "closed_event"),
+                                  ("tcpops", "event_callback")):
+            raise ValueError(
+                'modparam knows "tcpops" with "closed_event" and'
+                f' "event_callback", not {module!r} with {name!r}')
+        setattr(self, name, value)
 
     # -- handlers ---------------------------------------------------------
 

@@ -27,7 +27,9 @@ sections = re.split(r"(?<=\n\n)(?=# ---)", path.read_text(encoding="utf-8"))
 for title in map(TITLES.get, leaves):
     banner = re.compile(rf"# -+\n# \d+\. {title}\n")
     sections = [text for text in sections if not banner.match(text)]
-    sections[0] = re.sub(rf"\n +\d+  {title}(?=\n)", "", sections[0])
+    sections[0] = re.sub(rf" *\d+  {title}(?=  |\n)",
+                         lambda entry: " " * len(entry[0]), sections[0])
+sections[0] = re.sub(" +\n", "\n", sections[0])
 try:
     print("".join(sections), end="", flush=True)
 except BrokenPipeError:  # of "| head", say

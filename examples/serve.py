@@ -648,13 +648,17 @@ class Facade:
                        else self._ops, name)
 
     def __setattr__(self, name, value):
+        if name == "event_callback" and not callable(value or print):
+            raise TypeError("event_callback must be a function or None")
         setattr(self._routes if name == "event_callback" else self._ops,
                 name, value)
 
     def modparam(self, module, name, value):
         """Set a parameter; an event_callback is the file's."""
-        (self._routes if name == "event_callback" else self._ops).modparam(
-            module, name, value)
+        if (module, name) == ("tcpops", "event_callback"):
+            self.event_callback = value
+        else:
+            self._ops.modparam(module, name, value)
 
     def request_route(self, handler):
         """Decorator: see TcpOps.request_route."""

@@ -60,7 +60,6 @@ Copyright (c) 2026, the tcpops authors.  BSD-2-Clause: see the end of the file.
 
 # ---------------------------------------------------------------------------
 # 1. Imports and public names
-# ---------------------------------------------------------------------------
 
 import collections
 import contextlib
@@ -86,13 +85,19 @@ import types
 import weakref
 from typing import Callable, NamedTuple, Optional
 
+try:
+    import fcntl
+    import termios
+except ImportError:  # pragma: no cover (Windows has neither)
+    fcntl = termios = None
+
 __version__ = "0.9.0"
 
 __all__ = [
     "State", "Result", "Event", "EVENT_NAMES", "REASONS", "parse_address",
-    "Keepalive", "probe", "Message", "TextMessage", "ProtocolError", "SKIPPED",
-    "Framing", "RawFraming", "LineFraming", "FRAMINGS", "LIFE", "NOT_READING",
-    "DEADLINES", "ConnectionInfo", "TcpOps",
+    "format_address", "Keepalive", "probe", "Message", "TextMessage",
+    "ProtocolError", "SKIPPED", "Framing", "LineFraming", "FRAMINGS", "LIFE",
+    "NOT_READING", "DEADLINES", "ConnectionInfo", "TcpOps",
 ]
 
 log = logging.getLogger("tcpops")
@@ -102,15 +107,13 @@ NEVER = math.inf
 
 # ---------------------------------------------------------------------------
 # 2. The words of the specification
-# ---------------------------------------------------------------------------
 
 
 class _Code(enum.IntEnum):
     """An integer of the script language: positive is true, negative false.
 
-    In plain Python -1 is true, and "if not tcp_conid_alive(conid)" would
-    silently never fire.  print() shows the bare number on every version of
-    Python (the enum module changed its mind on that in 3.11 and 3.12).
+    In plain Python -1 is true: "if not tcp_conid_alive(conid)" would never
+    fire.  print() shows the bare number on every version of Python.
     """
 
     def __bool__(self):
@@ -254,7 +257,6 @@ class Event(NamedTuple):
 # A wrong argument raises where Python calls, and is one log line and -1 in the
 # functions of the specification.  Both check here, where it always raises
 # _ArgumentError; only section 19 turns that into a return code.
-# ---------------------------------------------------------------------------
 
 
 class _ArgumentError(ValueError):
@@ -332,50 +334,25 @@ def _payload(payload):
     return bytes(payload)
 
 
-def _printable(text):
-    """Return a text of the peer's for a detail: it may end at a terminal."""
-    return "".join(char if char.isprintable() else repr(char)[1:-1]
-                   for char in text)
+_ADDRESS = re.compile(r"(?:\[([^\[\]]+)\]|([^\[\]:;?@\s]+))(?::([0-9]{1,5}))?",
+                      re.ASCII)
+#: By its scheme: a function that returns what _parse_host does, for a URI.
+_SCHEMES = {}
 
 
-_ADDRESS = re.compile(
-    r"(?:(?P<scheme>sips?):(?:[^@]*@)?)?"
-    r"(?:\[(?P<v6>[^\[\]]+)\]|(?P<host>[^\[\]:;?@\s]+))"
-    r"(?::(?P<port>[0-9]{1,5}))?"
-    r"(?(scheme)(?P<parameters>;[^?]*)?(?:\?.*)?)",
-    re.IGNORECASE | re.ASCII | re.DOTALL)
-
-#: Per scheme and transport of a URI: the protos of connections that will do,
-#: None for all, and the default port (RFC 3261, 19.1.2; RFC 7118).
-_TRANSPORTS = {
-    "sip": (None, 5060), "sips": (("tls", "wss"), 5061),
-    "sip;transport=tcp": (("tcp",), 5060),
-    "sip;transport=ws": (("ws",), 80),
-    **dict.fromkeys(("sip;transport=tls", "sips;transport=tls",
-                     "sips;transport=tcp"), (("tls",), 5061)),
-    **dict.fromkeys(("sip;transport=wss", "sips;transport=wss",
-                     "sips;transport=ws"), (("wss",), 443)),
-}
+def _parse_host(text, default=5060):
+    """Return (host, port, None) of "host:port"; None if it is not that."""
+    match = _ADDRESS.fullmatch(text)
+    return match and (match[1] or match[2], int(match[3] or default), None)
 
 
 def _parse_uri(address, lowest_port=1):
-    """Return (host, port, protos or None) of an address.
-
-    A URI that asks for TLS, or for a way that is not ours, must not be served
-    by another one: it is refused.
-    """
-    match = isinstance(address, str) and _ADDRESS.fullmatch(address)
-    if match:
-        parameters = re.sub(
-            "%([0-9a-fA-F]{2})", lambda escape: chr(int(escape[1], 16)),
-            match["parameters"] or "").lower()
-        named = re.findall(r";((?:transport|maddr)\b[^;]*)",
-                           re.sub(r"\s", "", parameters))
-        protos, port = _TRANSPORTS.get(
-            ";".join(((match["scheme"] or "sip").lower(), *named)), ((), None))
-        port = -1 if port is None else int(match["port"] or port)
-        if lowest_port <= port <= 65535:
-            return match["v6"] or match["host"], port, protos
+    """Return (host, port, protos or None) of an address."""
+    if isinstance(address, str):
+        scheme = address.partition(":")[0].lower()
+        found = _SCHEMES.get(scheme, _parse_host)(address)
+        if found and lowest_port <= found[1] <= 65535:
+            return found
     raise _ArgumentError(
         "address must be HOST:PORT, [V6]:PORT or a SIP URI (transport tcp,"
         f" tls, ws or wss; no maddr), not {reprlib.repr(address)}")
@@ -391,17 +368,15 @@ def parse_address(address, lowest_port=1):
     return _parse_uri(address, lowest_port)[:2]
 
 
-def _format_address(address):
+def format_address(host, port):
     """Return "host:port", with brackets around an IPv6 address."""
-    host, port = address[:2]
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _resolve(host, port, passive=False):
     """Return [(family, address), ...] of a host; a name blocks on its lookup.
 
-    Also the way in which an address is written becomes the kernel's way, so
-    that what is returned compares with what accept() and getpeername() say.
+    An address comes back in the form in which the kernel writes it.
     """
     port = _number(port, "port", 0, 65535, whole=True)
     flags = socket.AI_PASSIVE if passive else 0
@@ -459,22 +434,17 @@ def _system_error(error):
 # 4. Deadlines
 #
 # Nearly every deadline is put off before it fires: each message renews a
-# lifetime.  So activity must cost nothing here.  It stores a number on the
-# connection and leaves the heap alone; an entry that fires early is pushed
-# back to where it belongs.  Only a deadline that is *shortened* pushes an
-# entry at once, and the old entry is recognised by its time, which is no
-# longer the owner's.  One heap serves deadlines of every kind: each owner has
-# one live entry, its earliest.
-#
-# Time is an argument.  Nothing here reads a clock.
-# ---------------------------------------------------------------------------
+# lifetime.  So activity only stores a number on the connection and leaves the
+# heap alone; an entry that fires early is pushed back to where it belongs.
+# Only a deadline that is *shortened* pushes an entry at once, and the old one
+# is recognised by its time, which is no longer the owner's.
 
 
 class Deadlines:
-    """A heap of deadlines, one live entry for each owner.
+    """A heap of deadlines, one live entry for each owner: its earliest.
 
     An owner has a conid, which breaks ties, and fires_at, the time of its live
-    entry or NEVER.  Only this class sets that.
+    entry or NEVER.  Only this class sets that.  Nothing here reads a clock.
     """
 
     def __init__(self):
@@ -531,7 +501,6 @@ class Deadlines:
 # retransmission (tcp_retries2).  TCP_USER_TIMEOUT would end that, but it also
 # kills a living peer that keeps its window shut.  So the loop keeps a deadline
 # beside the kernel's and asks TCP_INFO when it fires: is_dead() below.
-# ---------------------------------------------------------------------------
 
 
 class Keepalive(NamedTuple):
@@ -552,9 +521,8 @@ def _keepalive_options():
 
     Linux takes 1 to 32767 seconds, 1 to 127 probes.
     """
-    first = "TCP_KEEPIDLE" if hasattr(socket, "TCP_KEEPIDLE") else (
-        "TCP_KEEPALIVE")  # macOS
-    names = first, "TCP_KEEPCNT", "TCP_KEEPINTVL"
+    names = ("TCP_KEEPIDLE" if hasattr(socket, "TCP_KEEPIDLE")
+             else "TCP_KEEPALIVE", "TCP_KEEPCNT", "TCP_KEEPINTVL")  # macOS
     try:
         return [(setting, name, getattr(socket, name))
                 for setting, name in zip(Keepalive._fields, names)]
@@ -575,11 +543,14 @@ def get_keepalive(sock):
 
 
 def set_keepalive(sock, keepalive):
-    """Turn keepalive on with all settings, or raise OSError with none set."""
-    options = _keepalive_options()
+    """Turn keepalive on, or off for None; or raise OSError with nothing set.
+
+    Off, the socket keeps the settings, unused.
+    """
+    options = _keepalive_options() if keepalive else []
     before = [sock.getsockopt(socket.IPPROTO_TCP, option)
               for _, _, option in options]
-    for (setting, name, option), value in zip(options, keepalive):
+    for (setting, name, option), value in zip(options, keepalive or ()):
         try:
             sock.setsockopt(socket.IPPROTO_TCP, option, value)
         except (OSError, TypeError) as error:  # TypeError: no C int
@@ -589,12 +560,7 @@ def set_keepalive(sock, keepalive):
             raise OSError(
                 getattr(error, "errno", errno.EINVAL),
                 f"the system refuses {value} as {setting} ({name})") from None
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-
-
-def clear_keepalive(sock):
-    """Turn keepalive off; the socket keeps the settings, unused."""
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 0)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, bool(keepalive))
 
 
 class TcpInfo(NamedTuple):
@@ -659,7 +625,6 @@ def is_dead(info, limit, suspected):
 #   unless the error has closed it.
 # - A socket that is still connecting looks quiet (EAGAIN), like a good one.
 # - recv() on a listener, and on a socket never connected, says ENOTCONN.
-# ---------------------------------------------------------------------------
 
 # An SSLSocket refuses flags; the plain socket's method works on any socket.
 _recv = socket.socket.recv
@@ -732,10 +697,8 @@ def probe(sock):
 #
 # A framing turns bytes into payloads and payloads into bytes.  It touches no
 # socket, reads no clock and calls no handler: a test only has to feed it
-# bytes, and the loop treats every protocol alike.  The loop pulls payloads
-# one by one: when a connection may no longer send, or a handler closes it,
-# the rest waits in the framing and nothing is lost.
-# ---------------------------------------------------------------------------
+# bytes.  The loop pulls payloads one by one: when a connection may no longer
+# send, or a handler closes it, the rest waits in the framing.
 
 
 class Message:
@@ -753,16 +716,14 @@ class Message:
     @property
     def framing(self):
         """The connection's Framing, None for raw."""
-        messages = self._conn.messages
-        framing = None if messages is None else messages.framing
+        framing = getattr(self._conn.messages, "framing", None)
         return getattr(framing, "inner", framing)
 
     @property
     def tls(self):
         """The SSLObject, for getpeercert() and so on; None without TLS."""
-        messages = self._conn.messages
-        return None if messages is None else getattr(
-            messages.framing, "tls", None)
+        framing = getattr(self._conn.messages, "framing", None)
+        return getattr(framing, "tls", None)
 
     #: The connection that the message came on; see Event for the names.
     conid = property(lambda self: self._conn.conid)
@@ -880,22 +841,6 @@ class Framing:
         return b""
 
 
-class RawFraming(Framing):
-    """The "raw" of TLS: a message is what has come.  TCP needs none."""
-
-    partial = False  #: no message is ever incomplete
-
-    def next_message(self):
-        """Return the bytes received, max_message at the most, or None."""
-        data = bytes(self.buffer[:self.max_message])
-        del self.buffer[:len(data)]
-        return data or None
-
-    def encode(self, payload):
-        """Return payload as it is."""
-        return payload
-
-
 class LineFraming(Framing):
     """A message is a line, without its LF or CR LF."""
 
@@ -965,7 +910,6 @@ _LAYERS = {}
 # Not a SIP stack: where a message ends (RFC 3261, 18.3), and access to its
 # headers.  A start line must name SIP and is not judged otherwise, so that a
 # request which no one understands does not cost the ones behind it.
-# ---------------------------------------------------------------------------
 
 #: The compact names of RFC 3261, 7.3.3, and those registered since.
 _COMPACT = {
@@ -1120,6 +1064,42 @@ class SipFraming(Framing):
         return payload
 
 
+_URI = re.compile(
+    r"(?P<scheme>sips?):(?:[^@]*@)?(?P<host>[^;?]*)(?P<parameters>;[^?]*)?"
+    r"(?:\?.*)?", re.IGNORECASE | re.DOTALL)
+
+#: Per scheme and transport of a URI: the protos of connections that will do,
+#: None for all, and the default port (RFC 3261, 19.1.2; RFC 7118).
+_TRANSPORTS = {
+    "sip": (None, 5060), "sips": (("tls", "wss"), 5061),
+    "sip;transport=tcp": (("tcp",), 5060),
+    "sip;transport=ws": (("ws",), 80),
+    **dict.fromkeys(("sip;transport=tls", "sips;transport=tls",
+                     "sips;transport=tcp"), (("tls",), 5061)),
+    **dict.fromkeys(("sip;transport=wss", "sips;transport=wss",
+                     "sips;transport=ws"), (("wss",), 443)),
+}
+
+
+def _parse_sip_uri(uri):
+    """Return (host, port, protos or None) of a SIP URI; None for a wrong one.
+
+    One that asks for TLS, or for a way that is not ours, must not be served by
+    another one: it is refused.
+    """
+    match = _URI.fullmatch(uri)
+    parameters = re.sub(
+        "%([0-9a-fA-F]{2})", lambda escape: chr(int(escape[1], 16)),
+        match["parameters"] or "").lower()
+    named = re.findall(r";((?:transport|maddr)\b[^;]*)",
+                       re.sub(r"\s", "", parameters))
+    protos, port = _TRANSPORTS.get(
+        ";".join((match["scheme"].lower(), *named)), (None, None))
+    found = port and _parse_host(match["host"], port)
+    return found and (*found[:2], protos)
+
+
+_SCHEMES.update(sip=_parse_sip_uri, sips=_parse_sip_uri)
 FRAMINGS["sip"] = SipFraming
 __all__ += ["SipMessage", "SipFraming"]
 
@@ -1130,7 +1110,6 @@ __all__ += ["SipMessage", "SipFraming"]
 # taken as it arrives, so that text that is not UTF-8, and a message that will
 # be too long, are refused at their first wrong byte.  A client masks its
 # frames, a server does not.  No extensions: every reserved bit is wrong.
-# ---------------------------------------------------------------------------
 
 import binascii
 import codecs
@@ -1161,6 +1140,12 @@ def _accept_key(key):
     import hashlib  # here: it loads OpenSSL, which nothing else needs
     digest = hashlib.sha1(key.encode() + _GUID).digest()
     return binascii.b2a_base64(digest).decode().strip()
+
+
+def _printable(text):
+    """Return a text of the peer's for a detail: it may end at a terminal."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1]
+                   for char in text)
 
 
 def _tokens(value):
@@ -1542,9 +1527,24 @@ __all__ += ["WebSocketFraming"]
 # Three ends are distinguished: close_notify is a clean one ("eof"), a FIN
 # without it a truncation ("protocol"), since anyone on the way can send a FIN,
 # and an RST a "reset".
-# ---------------------------------------------------------------------------
 
 _LONGEST_RECORD = 16384  #: bytes of plain text in a TLS record
+
+
+class RawFraming(Framing):
+    """The "raw" of TLS: a message is what has come.  TCP needs none."""
+
+    partial = False  #: no message is ever incomplete
+
+    def next_message(self):
+        """Return the bytes received, max_message at the most, or None."""
+        data = bytes(self.buffer[:self.max_message])
+        del self.buffer[:len(data)]
+        return data or None
+
+    def encode(self, payload):
+        """Return payload as it is."""
+        return payload
 
 
 class TlsFraming(Framing):
@@ -1714,7 +1714,8 @@ class TlsFraming(Framing):
         return self._flush()
 
 
-_LAYERS["tls"] = TlsFraming
+_LAYERS.update(raw=RawFraming, tls=TlsFraming)
+__all__ += ["RawFraming"]
 
 # ---------------------------------------------------------------------------
 # 11. The life of a connection
@@ -1722,11 +1723,9 @@ _LAYERS["tls"] = TlsFraming
 # The state machine, as data: the phases and what each allows (LIFE), the kinds
 # of deadline (DEADLINES), and why a connection is not read (NOT_READING): the
 # peer cannot be blamed for its silence while we do not read.
-# Connection.enter is the only way from phase to phase, and raises for a step
-# that is not in LIFE.  The next deadline, the one that fires and those of a
-# snapshot all come from deadlines_of(); a change that makes one earlier also
-# calls Reactor.arm.
-# ---------------------------------------------------------------------------
+# Connection.enter is the only way from phase to phase.  The next deadline, the
+# one that fires and those of a snapshot all come from deadlines_of(); a change
+# that makes one earlier also calls Reactor.arm.
 
 
 class Phase(NamedTuple):
@@ -1759,22 +1758,17 @@ LIFE = types.MappingProxyType({
 
 #: Why a connection is not read, and the deadlines that do not fire meanwhile.
 NOT_READING = types.MappingProxyType({
-    # Its queue is over the limit.
-    "queue": ("handshake", "message"),
-    # Its messages fill a turn's share.
-    "messages": ("handshake", "message", "lifetime"),
-    # Its descriptor was ready in vain.
-    "suspended": ("handshake", "message", "lifetime"),
-})
+    "queue": ("handshake", "message"),  # it is over the limit
+    "messages": ("handshake", "message", "lifetime"),   # over a turn's share
+    "suspended": ("handshake", "message", "lifetime")})  # ready in vain
 
 
 def not_reading(conn):
     """Return why a connection is not read: those of NOT_READING that hold."""
-    messages = conn.messages
-    return ((["queue"] if conn.is_full() else [])
-            + (["messages"] if messages is not None and messages.waiting
-               else [])
-            + (["suspended"] if conn in conn.plan.reactor.suspended else []))
+    holds = (conn.is_full(),
+             conn.messages is not None and conn.messages.waiting,
+             conn in conn.plan.reactor.suspended)
+    return list(itertools.compress(NOT_READING, holds))
 
 
 class Deadline(NamedTuple):
@@ -1783,8 +1777,7 @@ class Deadline(NamedTuple):
     time: Callable      #: (conn) -> when it fires, or NEVER
     reason: str         #: of the end
     errno: Optional[int]
-    #: (conn, now) -> detail of the end; None: it was put off after all.
-    detail: Callable
+    detail: Callable    #: (conn, now) -> detail; None: it was put off
 
 
 #: Seconds between two looks at a peer that is suspected to have vanished.
@@ -1852,19 +1845,18 @@ DEADLINES = types.MappingProxyType({
 
 def deadlines_of(conn):
     """Return {kind: time} of the deadlines that a connection has."""
-    if conn.phase is _READING_REST or conn.phase is _ENDED:
+    if conn.phase in (_READING_REST, _ENDED):
         return {}
     waiting = {kind for why in not_reading(conn) for kind in NOT_READING[why]}
-    times = {kind: row.time(conn) for kind, row in DEADLINES.items()
-             if kind not in waiting}
-    return {kind: time for kind, time in times.items() if time != NEVER}
+    times = ((kind, row.time(conn)) for kind, row in DEADLINES.items()
+             if kind not in waiting)
+    return {kind: time for kind, time in times if time != NEVER}
 
 # ---------------------------------------------------------------------------
 # 12. The table of connections
 #
 # Conids count up and are never used twice.  A connection that has ended stays
 # until its event has been reported: in the handler its state is known.
-# ---------------------------------------------------------------------------
 
 
 class Table:
@@ -1892,8 +1884,6 @@ class Table:
         """Return the connection or listener of a conid, or None."""
         return self.connections.get(conid) or self.listeners.get(conid)
 
-    full = property(lambda self: self.sockets >= self.limit,
-                    doc="Whether another connection would be one too many.")
 
     def add(self, owner, owners):
         """Give a conid that has never been used to one of the owners."""
@@ -1944,7 +1934,6 @@ class Table:
 # after the handler has returned.  An exception of a handler is logged and
 # changes nothing else.  One that is to leave the loop (Ctrl-C, sys.exit) is
 # kept until the turn can raise it without cutting work of ours short.
-# ---------------------------------------------------------------------------
 
 
 def _take(queue):
@@ -2064,23 +2053,20 @@ class Handlers:
 # ---------------------------------------------------------------------------
 # 14. The reactor
 #
-# It waits, and gives each owner of a descriptor or a deadline its turn.  One
-# turn is: wait, input and output, work left over, deadlines.  In that order,
-# so that bytes which have arrived are seen before a deadline fires for want of
-# them.
+# It waits, and gives each owner of a descriptor or a deadline its turn: wait,
+# input and output, work left over, calls, deadlines.  In that order, so that
+# bytes which have arrived are seen before a deadline fires for want of them.
 # Events are reported after each owner.
 #
 # An owner has a sock, events (those selected) and methods that only the turn
 # calls: ready(mask) when its descriptor is, fire(now) when its deadline may
 # have come, work() when it has asked for it by later(), and fault(error) after
 # an error of ours in one of these.  The selector's key carries the owner, not
-# a number, which may be used again within one batch; so an owner refuses a
-# batch that is older than its end.
-# ---------------------------------------------------------------------------
+# a number, which may be used again within one batch.
 
 _READ, _WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
-#: A peer that closed must not kill us with SIGPIPE, even where a host program
-#: has undone Python's choice to ignore it.  PyPy has no name for Linux' flag.
+#: No SIGPIPE, even where a host program has undone Python's choice to ignore
+#: it.  PyPy has no name for Linux' flag.
 _NOSIGNAL = getattr(socket, "MSG_NOSIGNAL",
                     0x4000 if sys.platform.startswith("linux") else 0)
 #: Deadlines that may fire in one turn.
@@ -2095,16 +2081,14 @@ _SUSPENSION = 0.1
 
 def _unread(sock):
     """Return how many bytes wait in a stream, None where none can tell."""
-    if getattr(sock, "type", None) != socket.SOCK_STREAM:
-        return None
     try:
-        import fcntl    # Windows has neither of them
-        import termios
-        return fcntl.ioctl(sock, termios.FIONREAD, bytes(4))
-    except (ImportError, OSError):
-        return None
+        if fcntl is not None and sock.type == socket.SOCK_STREAM:
+            return fcntl.ioctl(sock, termios.FIONREAD, bytes(4))
     except ValueError:  # closed, and so never read
         return b""
+    except (AttributeError, OSError):  # no socket
+        pass
+    return None
 
 
 class _Attended:
@@ -2267,10 +2251,9 @@ class Reactor:
 
         Safe from a signal handler and from any thread.  Called before run(),
         it makes that return at once.  A loop of your own around step() should
-        give it a timeout: only run() is woken by a signal that comes at the
-        very moment at which the wait begins.  Call stop() rather than raise
-        in a signal handler: an exception leaves run() and ends nothing, but
-        between two steps of ours it may lose the message in hand.
+        give it a timeout: only run() is woken by a signal that comes just as
+        the wait begins.  Call stop() rather than raise in a signal handler:
+        between two steps of ours that may lose the message in hand.
         """
         self.stopping = True
         self._interrupt()
@@ -2301,8 +2284,7 @@ class Reactor:
         if not hasattr(self._selector, "fileno"):  # pragma: no cover (Windows)
             raise OSError(errno.ENOTSUP, "this selector has no descriptor")
         if self._outer is None:
-            # Of its own, so that it stays what it is: see _renew_selector.
-            self._outer = selectors.DefaultSelector()
+            self._outer = selectors.DefaultSelector()  # see _renew_selector
             self._outer.register(self._selector.fileno(), _READ)
         return self._outer.fileno()
 
@@ -2323,8 +2305,7 @@ class Reactor:
         """Raise RuntimeError after close(), and inside a turn."""
         self.check_running()
         if self.turning:
-            raise RuntimeError("run(), step() and drain() cannot be called"
-                               " from inside a handler")
+            raise RuntimeError("a handler cannot call run, step or drain")
 
     def run(self):
         """Run until stop() or close() is called.
@@ -2527,16 +2508,9 @@ class Reactor:
 #
 # All connections of one listen, connect or attach are made alike.  They share
 # one record of that, which costs each a pointer.
-# ---------------------------------------------------------------------------
 
 #: Bytes asked of one recv(): one turn of one connection.
 _RECV_SIZE = 65536
-_SECONDS, _BYTES = (0.001, _MAX_SECONDS), (1, sys.maxsize, True)
-#: Least and largest value, and whether it is whole.
-_LIMITS = {"connection_lifetime": (0, _MAX_SECONDS),
-           "connect_timeout": _SECONDS, "send_timeout": _SECONDS,
-           "message_timeout": _SECONDS, "max_message": _BYTES,
-           "max_write_buffer": _BYTES}
 
 
 class Settings(NamedTuple):
@@ -2548,11 +2522,6 @@ class Settings(NamedTuple):
     message_timeout: float = 20
     max_message: int = 65536
     max_write_buffer: int = 1048576
-
-    def changed(self, **values):
-        """Return a copy with other values, or raise ValueError."""
-        return self._replace(**{name: _number(value, name, *_LIMITS[name])
-                                for name, value in values.items()})
 
 
 class Plan:
@@ -2568,7 +2537,7 @@ class Plan:
         self.origin = origin       #: "accept", "connect" or "attach"
         self.listener = None       #: the listener's conid
         #: The address that connect was called with, "host:port".
-        self.host = "" if address is None else _format_address(address)
+        self.host = "" if address is None else format_address(*address)
         self.name, self.factory = self._framing(framing)
         self.context = tls         #: an ssl.SSLContext, None: no TLS
         if tls is not None:
@@ -2609,7 +2578,7 @@ class Plan:
         """Return a framing for one connection, None for raw."""
         if self.context is None and self.factory is None:
             return None
-        inner = (self.factory or RawFraming)(
+        inner = (self.factory or _LAYERS["raw"])(
             self.settings.max_message, self.origin == "connect")
         if not isinstance(inner, Framing):
             raise TypeError(f"{self.name} must return a Framing,"
@@ -2652,18 +2621,15 @@ class Plan:
 #
 # Four more places close a socket: the next address of connect, an accepted
 # socket that nothing can be built on, a listener's end, a child after fork().
-# ---------------------------------------------------------------------------
 
 #: The manners of ending.
 _AT_ONCE, _SEND_REST, _READ_REST = "at once", "send rest", "read rest"
 
 #: recv() calls on a dead socket in one turn.
 _REST_READS = 16
-#: Messages of one connection that are handed over in one turn.  Few, so that
-#: a peer that floods costs the others no time.
+#: Messages of one connection in one turn: a flood costs the others no time.
 _SHARE = 8
-#: recv() calls that empty a socket before it is closed: more than the largest
-#: receive buffer of a default Linux (tcp_rmem, 6 MB).
+#: recv() calls that empty a socket before it is closed: 8 MB; Linux holds 6.
 _EMPTYING = 128
 _AGAIN = (BlockingIOError, InterruptedError)
 #: send() errors that say "not now": the bytes are queued.
@@ -2786,11 +2752,10 @@ class Opening:
 class Messages:
     """The framing of a connection: turns its bytes into messages."""
 
-    __slots__ = ("conn", "framing", "message", "waiting", "deadline")
+    __slots__ = ("conn", "framing", "waiting", "deadline")
 
     def __init__(self, conn, framing):
         self.conn, self.framing = conn, framing
-        self.message = Message  #: the class of its messages
         self.waiting = False    #: the rest of them waits for the next turn
         self.deadline = NEVER   #: of a message that is incomplete
 
@@ -2887,7 +2852,7 @@ class Messages:
     def hand_over(self, payload):
         """Make a message of a payload and hand it to its handler."""
         conn = self.conn
-        msg = self.ask(self.message, conn, payload)
+        msg = self.ask(self.framing.message, conn, payload)
         if msg is not _FAILED and conn.phase.delivers:
             conn.plan.handlers.message(conn, msg)
 
@@ -3002,8 +2967,6 @@ class Connection:
         self.opened = True
         if self.cause is None:
             self.queue_event("tcp:opened", (None, None, ""), self.queued())
-        if messages is not None:
-            messages.message = messages.framing.message
         if self.phase is _READING_REST:
             return  # its socket has died in the handshake
         self.enter(_OPEN)
@@ -3267,13 +3230,10 @@ class Connection:
     def set_keepalive(self, keepalive):
         """Turn keepalive on, or off for None; OSError, and nothing is set."""
         reactor = self.plan.reactor
-        if keepalive is None:
-            clear_keepalive(self.sock)
-            self.keepalive_deadline = NEVER
-        else:
-            set_keepalive(self.sock, keepalive)
-            self.keepalive_deadline = reactor.clock() + keepalive.limit
+        set_keepalive(self.sock, keepalive)
         self.keepalive, self.suspected = keepalive, NEVER
+        self.keepalive_deadline = (NEVER if keepalive is None else
+                                   reactor.clock() + keepalive.limit)
         reactor.arm(self, self.keepalive_deadline)
 
     def fail(self, cause):
@@ -3293,23 +3253,17 @@ class Connection:
                 self.messages.waiting = True  # a full queue may hold some back
             self.plan.reactor.deadlines.disarm(self)
             return  # work() reads the rest, and comes back
-        if self.cause is None:
-            if cause.errno == errno.ETIMEDOUT and self.icmp is not None:
-                # As the kernel would have said, had no probe asked before.
-                cause = cause._replace(errno=self.icmp,
-                                       detail=os.strerror(self.icmp))
-            self.cause = cause
+        if cause.errno == errno.ETIMEDOUT and self.icmp is not None:
+            # As the kernel would have said, had no probe asked before.
+            cause = cause._replace(errno=self.icmp,
+                                   detail=os.strerror(self.icmp))
+        self.cause = self.cause or cause
         waits = manner is _SEND_REST and self._send_rest(cause)
-        if (manner is _SEND_REST and self.phase is _SENDING_REST
-                and self.queue is not None and not self.failed):
-            self.watch()
-        elif not waits and self.phase is not _ENDED:
+        if not waits and self.phase is not _ENDED:
             self._leave()
 
     def _send_rest(self, cause):
-        """Send the queue, then the farewell; return whether that has to wait
-        until the connection is open.
-        """
+        """Send the queue, then the farewell; return if that takes time."""
         messages, opening = self.messages, self.opening
         if (self.phase in (_CONNECTING, _HANDSHAKE) and opening is not None
                 and opening.early and not self.failed
@@ -3322,7 +3276,10 @@ class Connection:
             self.enter(_SENDING_REST)
             if messages is not None and not self.failed:
                 self.write(messages.farewell(self.cause.reason))
-        return False
+        waits = self.queue is not None and not self.failed
+        if waits:
+            self.watch()
+        return waits
 
     def _leave(self):
         """Close the socket, and report the end."""
@@ -3426,7 +3383,6 @@ class Connection:
 # events.  With no descriptor left, a peer that waits keeps it ready for ever;
 # so it rests until a connection ends, or for a short time, since descriptors
 # come free elsewhere, too.
-# ---------------------------------------------------------------------------
 
 #: accept() calls of one listener in one turn.
 _ACCEPTS = 64
@@ -3458,7 +3414,7 @@ class Listener:
             if self.sock.fileno() < 0:
                 break  # a handler has ended it
             try:
-                if table.full:
+                if table.sockets >= table.limit:
                     if done:
                         break  # whether more wait is not known yet
                     raise OSError(errno.EMFILE, "max_connections reached")
@@ -3543,7 +3499,6 @@ class Listener:
 # Asking changes nothing: a question opens, connects and ends nothing and
 # reports no event.  A probe may consume an error; Connection.probe keeps that,
 # and the turn acts on it.
-# ---------------------------------------------------------------------------
 
 
 class ConnectionInfo(NamedTuple):
@@ -3605,24 +3560,21 @@ def snapshot(conn):
 
 def snapshot_of_listener(listener):
     """Return the ConnectionInfo of a listener."""
-    plan = listener.plan
+    plan, age = listener.plan, listener.plan.reactor.clock() - listener.since
     return ConnectionInfo(
         listener.conid, listener.proto, "", 0, *listener.local, plan.name,
-        State.ACCEPT, plan.reactor.clock() - listener.since, 0.0,
-        plan.settings.connection_lifetime, None, get_keepalive(listener.sock),
-        0, 0, 0, "listen", None, False, "listening", {})
+        State.ACCEPT, age, 0.0, plan.settings.connection_lifetime, None,
+        None, 0, 0, 0, "listen", None, False, "listening", {})
 
 # ---------------------------------------------------------------------------
 # 19. The functions of the specification
 #
-# In the specification's order.  They never raise on what a caller passes: a
-# wrong value or a conid that is of no use is one log line and -1, and nothing
-# has been changed.  _script_function is the border; behind it, everything
-# raises, and a fault of ours goes through it.  Where "[conid]" is left out it
-# is the connection of the message, or event, in hand.  Two of them only ask
-# (tcp_conid_alive, tcp_conid_state), and for those the answer "no such
-# connection" is no failure and no log line.
-# ---------------------------------------------------------------------------
+# In the specification's order.  An argument never makes them raise: a wrong
+# value or a conid that is of no use is one log line and -1, and nothing has
+# been changed.  _script_function is the border; behind it, everything raises,
+# and a fault of ours goes through it.  Where "[conid]" is left out it is the
+# connection of the message, or event, in hand.  For the two that only ask,
+# "no such connection" is an answer and no log line.
 
 
 def _script_function(takes, failure=Result.FAILURE, name=None):
@@ -3653,8 +3605,6 @@ class SpecFunctions:
     Each has the specification's name, arguments and return codes.
     """
 
-    # -- which connection is meant ----------------------------------------
-
     def _known(self, conid):
         """Return the connection of a conid, or None.  Raises ValueError."""
         if type(conid) is int:
@@ -3678,8 +3628,6 @@ class SpecFunctions:
         if conn.usable():
             return conn
         raise _ArgumentError(f"connection {conn.conid} is ending")
-
-    # -- spec 3.1 to 3.6 --------------------------------------------------
 
     @_script_function("[conid]")
     def tcp_conid_alive(self, conid):
@@ -3753,7 +3701,7 @@ class SpecFunctions:
         self._usable(conid).wants_event = True
         return Result.SUCCESS
 
-    # -- of the original's later releases ---------------------------------
+    # The functions of the original's later releases.
 
     @_script_function("[conid]")
     def tcp_close_connection(self, conid):
@@ -3825,7 +3773,6 @@ class SpecFunctions:
 # 20. TcpOps
 #
 # The object that a program holds: it puts the pieces above together.
-# ---------------------------------------------------------------------------
 
 #: Descriptors left for the host program where max_connections is not given.
 _RESERVE = 32
@@ -3843,18 +3790,11 @@ def _room(limit):
     return NEVER if soft == resource.RLIM_INFINITY else max(1, soft - _RESERVE)
 
 
-#: Every TcpOps that lives, for fork: see TcpOps._abandon.
+#: Every TcpOps that lives: see TcpOps._abandon.
 _instances = weakref.WeakSet()
-
-
-def _abandon_all():
-    """In a child after fork(): give up the copies of the parent's sockets."""
-    for ops in list(_instances):
-        ops._abandon()
-
-
 if hasattr(os, "register_at_fork"):  # pragma: no branch (Windows)
-    os.register_at_fork(after_in_child=_abandon_all)
+    os.register_at_fork(
+        after_in_child=lambda: [ops._abandon() for ops in list(_instances)])
 
 
 def _part(name, member):
@@ -3865,10 +3805,14 @@ def _part(name, member):
     return _call
 
 
-def _setting(name):
-    """Return the property for one of Settings."""
-    return property(lambda ops: getattr(ops._settings, name),
-                    lambda ops, value: ops._change(**{name: value}),
+def _setting(name, *limits):
+    """Return the property for one of Settings; limits are _number's."""
+    def _change(ops, value):
+        value = _number(value, name, *limits)
+        ops._settings = ops._settings._replace(**{name: value})
+        for listener in ops._table.listeners.values():
+            listener.plan = listener.plan.changed(settings=ops._settings)
+    return property(lambda ops: getattr(ops._settings, name), _change,
                     doc=f"{name}: see TcpOps.")
 
 
@@ -3894,24 +3838,25 @@ class TcpOps(SpecFunctions):
     max_write_buffer     bytes queued, for each connection
     clock                a function that returns seconds
 
-    Not for several threads: only stop and call_soon may be called from
-    another one.  In a child after fork() it is closed, without any event, and
-    the parent's does not notice.
+    In a child after fork() it is closed, without any event, and the parent's
+    does not notice.
     """
 
     def __init__(self, *, closed_event=1, event_callback=None,
                  connection_lifetime=120, connect_timeout=10, send_timeout=10,
                  message_timeout=20, max_connections=None, max_message=65536,
                  max_write_buffer=1048576, clock=time.monotonic):
-        self._settings = Settings().changed(
-            connection_lifetime=connection_lifetime,
-            connect_timeout=connect_timeout, send_timeout=send_timeout,
-            message_timeout=message_timeout, max_message=max_message,
-            max_write_buffer=max_write_buffer)
-        self._table = Table(_room(max_connections))
+        self._settings, self._table = Settings(), Table(NEVER)
         self._handlers = Handlers(self._table)
         self.closed_event = closed_event
         self.event_callback = event_callback
+        self.connection_lifetime = connection_lifetime
+        self.connect_timeout = connect_timeout
+        self.send_timeout = send_timeout
+        self.message_timeout = message_timeout
+        self.max_connections = max_connections
+        self.max_message = max_message
+        self.max_write_buffer = max_write_buffer
         self._reactor = Reactor(_function(clock), self._handlers)
         self._draining = False
         self._last_keepalive = None  # shared by all that enable the same
@@ -3921,8 +3866,6 @@ class TcpOps(SpecFunctions):
         return (f"<TcpOps: {len(self._table.listeners)} listeners,"
                 f" {self._table.sockets} connections>")
 
-    # -- settings ---------------------------------------------------------
-
     clock = property(lambda ops: ops._reactor.clock,
                      doc="The function that returns the loop's time.")
     event = property(lambda ops: ops._handlers.event,
@@ -3930,11 +3873,12 @@ class TcpOps(SpecFunctions):
     closed = property(lambda ops: ops._reactor.closing,
                       doc="Whether close() was called.")
 
-    def _change(self, **values):
-        self._settings = self._settings.changed(**values)
-        for listener in self._table.listeners.values():
-            listener.plan = listener.plan.changed(settings=self._settings)
-
+    connection_lifetime = _setting("connection_lifetime", 0, _MAX_SECONDS)
+    connect_timeout = _setting("connect_timeout", 0.001, _MAX_SECONDS)
+    send_timeout = _setting("send_timeout", 0.001, _MAX_SECONDS)
+    message_timeout = _setting("message_timeout", 0.001, _MAX_SECONDS)
+    max_message = _setting("max_message", 1, sys.maxsize, True)
+    max_write_buffer = _setting("max_write_buffer", 1, sys.maxsize, True)
     max_connections = property(
         lambda ops: ops._table.limit,
         lambda ops, limit: setattr(ops._table, "limit", _room(limit)),
@@ -3963,22 +3907,15 @@ class TcpOps(SpecFunctions):
                 f' "event_callback", not {module!r} with {name!r}')
         setattr(self, name, value)
 
-    # -- handlers ---------------------------------------------------------
-
     request_route = _part("_handlers", Handlers.request_route)
     onreply_route = _part("_handlers", Handlers.onreply_route)
     event_route = _part("_handlers", Handlers.event_route)
 
-    @property
-    def conid(self):
-        """The conid of the current message or event; None outside."""
-        current = self._handlers.current
-        return None if current is None else current.conid
+    conid = property(lambda ops: getattr(ops._handlers.current, "conid", None),
+                     doc="The conid of the current message or event, or None.")
 
     attend = _part("_reactor", Reactor.attend)
     dismiss = _part("_reactor", Reactor.dismiss)
-
-    # -- connections ------------------------------------------------------
 
     def _plan(self, *how):
         return Plan(self._handlers, self._table, self._reactor,
@@ -3996,7 +3933,7 @@ class TcpOps(SpecFunctions):
         """
         plan = self._plan("accept", framing, tls)
         trial = plan.build()
-        self._check_taking()
+        self._check_taking(room=False)
         family, address = _resolve(host or "0.0.0.0", port, passive=True)[0]
         try:
             sock = socket.create_server(address, family=family,
@@ -4037,7 +3974,7 @@ class TcpOps(SpecFunctions):
                           (host, port))
         addresses = _resolve(host, port)
         layer = plan.build()
-        self._check_room()
+        self._check_taking()
         sock, address, others = _socket_for(addresses)
         conn = Connection(plan, layer, sock, _peer_key(address))
         conn.connect(address, others)
@@ -4062,20 +3999,17 @@ class TcpOps(SpecFunctions):
         if self._reactor.holds(sock):
             raise ValueError(f"{sock!r} is attached already")
         layer = plan.build()
-        self._check_room()
+        self._check_taking()
         sock.setblocking(False)
         conn = Connection(plan, layer, sock, peer, local)
         conn.begin()
         return conn.conid
 
-    def _check_taking(self):
+    def _check_taking(self, room=True):
         self._reactor.check_running()
         if self._draining:
             raise RuntimeError("this TcpOps is being drained")
-
-    def _check_room(self):
-        self._check_taking()
-        if self._table.full:
+        if room and self._table.sockets >= self._table.limit:
             raise OSError(errno.EMFILE, "max_connections reached")
 
     def send(self, conid, payload):
@@ -4122,7 +4056,7 @@ class TcpOps(SpecFunctions):
                                  " that transport, and forward makes none")
         if conn is None:
             try:
-                self._check_taking()
+                self._check_taking(room=False)
             except RuntimeError as error:
                 raise _ArgumentError(error) from None
             current = self._handlers.current
@@ -4131,7 +4065,7 @@ class TcpOps(SpecFunctions):
                 self.connect(host, port, framing=framing or "raw"))
         return conn
 
-    # -- questions --------------------------------------------------------
+    # Questions.
 
     def connection(self, conid):
         """Return a ConnectionInfo of a connection or listener, or None."""
@@ -4173,7 +4107,7 @@ class TcpOps(SpecFunctions):
             "bytes_out": table.bytes_out + sum(c.bytes_out for c in live),
         }
 
-    # -- running ----------------------------------------------------------
+    # Running.
 
     run = _part("_reactor", Reactor.run)
     step = _part("_reactor", Reactor.step)
@@ -4193,22 +4127,26 @@ class TcpOps(SpecFunctions):
         end = time.monotonic() + timeout
         self._draining = True
         try:
-            for listener in list(self._table.listeners.values()):
-                listener.end()
             cause = Cause("shutdown", None, "drained")
-            for conn in self._connections():
-                if conn.usable():
-                    conn.probe()  # an RST that came before is the reason
-                if not conn.failed:
-                    conn.end(cause, _SEND_REST)
+            self._end_all(cause, _SEND_REST)
             while self._table.sockets and time.monotonic() < end:
                 self.step(max(0, end - time.monotonic()))
-            for conn in self._connections():
-                conn.end(conn.seen if conn.failed else cause)
+            self._end_all(cause)
             while self._handlers.events:
                 self.step(0)
         finally:
             self._draining = False
+
+    def _end_all(self, cause, manner=_AT_ONCE):
+        for listener in list(self._table.listeners.values()):
+            listener.end()
+        for conn in self._connections():
+            if conn.usable():
+                conn.probe()  # an RST that came before is the reason
+            if not conn.failed:
+                conn.end(cause, manner)
+            elif manner is _AT_ONCE:
+                conn.end(conn.seen)
 
     def close(self):
         """End every connection at once, report the events, free everything.
@@ -4220,12 +4158,7 @@ class TcpOps(SpecFunctions):
         if reactor.closing:
             return
         reactor.closing = True
-        for listener in list(self._table.listeners.values()):
-            listener.end()
-        for conn in self._connections():
-            if conn.usable():
-                conn.probe()  # an RST that came before is the reason
-            conn.end(conn.seen if conn.failed else Cause.of("shutdown"))
+        self._end_all(Cause.of("shutdown"))
         if not reactor.turning:
             reactor.release()
 
@@ -4252,15 +4185,11 @@ class TcpOps(SpecFunctions):
         self._reactor.abandon()
 
 
-for _name in Settings._fields:
-    setattr(TcpOps, _name, _setting(_name))
-
 # ---------------------------------------------------------------------------
 # 21. The command line
 #
 # A program on the public names, like any other.  What it prints waits for no
 # reader: one that stops reading would stop the loop, and every connection.
-# ---------------------------------------------------------------------------
 
 import argparse
 import datetime
@@ -4371,17 +4300,13 @@ class _Output(logging.Handler):
                 self._queue.put((self._lost, ""))
 
 
-def _format_peer(host, port):
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
 def _describe(info):
     if info.origin == "listen":
         return (f"conid {info.conid}  listening on"
-                f" {_format_peer(info.Ri, info.Rp)}")
+                f" {format_address(info.Ri, info.Rp)}")
     keepalive = ",".join(map(str, info.keepalive or ["off"]))
     return (f"conid {info.conid}  {info.proto}"
-            f" {_format_peer(info.si, info.sp)}  {info.state}"
+            f" {format_address(info.si, info.sp)}  {info.state}"
             f" {info.state.name}  age {info.age:.1f} s, idle {info.idle:.1f}"
             f" of {info.lifetime:.9g} s, keepalive {keepalive},"
             f" {info.bytes_in} bytes in, {info.bytes_out} out")
@@ -4472,19 +4397,19 @@ class _Program:
             reason = getattr(error, "strerror", None) or str(error)
             if getattr(error, "errno", None) == errno.EADDRINUSE:
                 reason += "; --listen 0 takes a port that is free"
-            self._fail(f"cannot {what} {_format_peer(*address)}: {reason}")
+            self._fail(f"cannot {what} {format_address(*address)}: {reason}")
         info = self._ops.connection(conid)
         how = f"(conid {conid}, {self._options.framing})"
         if info.origin == "connect":
-            self._out.line(f"connecting to {_format_peer(*address)} {how}")
+            self._out.line(f"connecting to {format_address(*address)} {how}")
             return
         # A wildcard address is none to connect to.
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(info.Ri, info.Ri)
         client = _CLIENTS.get(info.framing, "nc {} {}").format(
-            host, info.Rp, _format_peer(host, info.Rp))
+            host, info.Rp, format_address(host, info.Rp))
         client += "; type help for commands" if console else ""
-        self._out.line(f"listening on {_format_peer(info.Ri, info.Rp)} {how};"
-                       f" try: {client}")
+        place = format_address(info.Ri, info.Rp)
+        self._out.line(f"listening on {place} {how}; try: {client}")
 
     def _show(self, name, conid, text):
         clock = f"{datetime.datetime.now():%H:%M:%S.%f}"[:-3]
@@ -4497,7 +4422,7 @@ class _Program:
             msg.reply(msg.payload)
 
     def _event(self, event):
-        text = f"{event.proto} {_format_peer(event.si, event.sp)}"
+        text = f"{event.proto} {format_address(event.si, event.sp)}"
         if event.is_end:
             text = (f"{event.reason}  {event.age:.1f} s, {event.bytes_in}"
                     f" bytes in, {event.bytes_out} out")

@@ -54,8 +54,6 @@ together, by examples/cut.py; the rest still works.
 Not here: a SIP stack (transactions, dialogs), WebSocket extensions, UDP, name
 lookups without blocking, use of one TcpOps from several threads (only stop and
 call_soon may be).
-
-Copyright (c) 2026, the tcpops authors.  BSD-2-Clause: see the end of the file.
 """
 
 # ---------------------------------------------------------------------------
@@ -87,9 +85,10 @@ from typing import Callable, NamedTuple, Optional
 
 try:
     import fcntl
+    import resource
     import termios
-except ImportError:  # pragma: no cover (Windows has neither)
-    fcntl = termios = None
+except ImportError:  # pragma: no cover (Windows has none of them)
+    fcntl = resource = termios = None
 
 __version__ = "0.9.0"
 
@@ -102,8 +101,7 @@ __all__ = [
 
 log = logging.getLogger("tcpops")
 
-#: "No deadline", and "no limit": larger than every number of seconds or bytes.
-NEVER = math.inf
+NEVER = math.inf  #: no deadline, or no limit
 
 # ---------------------------------------------------------------------------
 # 2. The words of the specification
@@ -224,8 +222,7 @@ class Event(NamedTuple):
     """The argument of an event's handler.  Spec: 4.1.
 
     si, sp are the peer's address and port, Ri, Rp ours (Kamailio's $si, $sp,
-    $Ri and $Rp).  The socket is closed by the time an end is reported: the
-    fields are all there is.
+    $Ri and $Rp).  An end is reported once the socket is closed.
     """
 
     conid: int
@@ -263,12 +260,8 @@ class _ArgumentError(ValueError):
     """An argument cannot be used."""
 
 
-#: Stands for "no conid given": None is a wrong value, not a missing one.
-_CURRENT = object()
-
-#: The largest lifetime, some 68 years: what the original can hold.
-_MAX_SECONDS = 2 ** 31 - 1
-
+_CURRENT = object()  #: no conid is given (None is a wrong one)
+_MAX_SECONDS = 2 ** 31 - 1  #: the largest lifetime that the original can hold
 _NUMERAL = re.compile(r"[+-]?[0-9]{1,100}(\.[0-9]{1,100})?", re.ASCII)
 
 
@@ -292,10 +285,7 @@ def _number(value, name, low, high, whole=False):
         limits = f" from {low} to {high}" if high != NEVER else ""
         raise _ArgumentError(
             f"{name} must be {what}{limits}, not {reprlib.repr(value)}")
-    if whole:
-        return int(number)
-    return number if isinstance(number, int) else float(number)
-
+    return int(number) if whole or isinstance(number, int) else float(number)
 
 
 def _arguments(takes, names, given, named):
@@ -317,11 +307,10 @@ def _function(function):
     code = getattr(called, "__code__", None) or getattr(
         type(called).__call__, "__code__", None)
     # Generators, coroutines: a call runs nothing.  inspect costs 0.5 MB.
-    if not callable(function) or code and code.co_flags & 0x2A0:
-        raise TypeError(
-            f"a plain function is needed, not {reprlib.repr(function)}")
-    return function
-
+    if callable(function) and not (code and code.co_flags & 0x2A0):
+        return function
+    raise TypeError(
+        f"a plain function is needed, not {reprlib.repr(function)}")
 
 
 def _payload(payload):
@@ -380,10 +369,10 @@ def _resolve(host, port, passive=False):
     """
     port = _number(port, "port", 0, 65535, whole=True)
     flags = socket.AI_PASSIVE if passive else 0
-    if re.search(r"[\0-\x20\x7f]", host or ""):
-        # A NUL would cut the name short, a CR LF end a line of a request.
-        raise _ArgumentError(f"not a host name: {reprlib.repr(host)}")
     try:
+        if re.search(r"[\0-\x20\x7f]", host or ""):
+            # A NUL would cut the name short, a CR LF end a line of a request.
+            raise UnicodeError("a blank or a control character")
         found = socket.getaddrinfo(host or None, port,
                                    type=socket.SOCK_STREAM, flags=flags)
     except UnicodeError as error:
@@ -496,11 +485,10 @@ class Deadlines:
 # ---------------------------------------------------------------------------
 # 5. Keepalive
 #
-# The kernel does the probing, but not while data of ours is unacknowledged: a
-# peer that vanishes with data in flight stays "alive" for the 15 minutes of
-# retransmission (tcp_retries2).  TCP_USER_TIMEOUT would end that, but it also
-# kills a living peer that keeps its window shut.  So the loop keeps a deadline
-# beside the kernel's and asks TCP_INFO when it fires: is_dead() below.
+# The kernel probes, but not while data of ours is unacknowledged: a peer that
+# vanishes with data in flight stays "alive" for 15 minutes (tcp_retries2).
+# TCP_USER_TIMEOUT would end that, but also a living peer that keeps its window
+# shut.  So the loop has a deadline of its own, and asks TCP_INFO: is_dead().
 
 
 class Keepalive(NamedTuple):
@@ -626,13 +614,11 @@ def is_dead(info, limit, suspected):
 # - A socket that is still connecting looks quiet (EAGAIN), like a good one.
 # - recv() on a listener, and on a socket never connected, says ENOTCONN.
 
-# An SSLSocket refuses flags; the plain socket's method works on any socket.
-_recv = socket.socket.recv
+_recv = socket.socket.recv  # an SSLSocket's own refuses flags
 # MSG_DONTWAIT: the socket may be a blocking one.  0 where there is none.
 _PEEK = socket.MSG_PEEK | getattr(socket, "MSG_DONTWAIT", 0)
 _SOL_SOCKET, _SO_ERROR = socket.SOL_SOCKET, socket.SO_ERROR
-# A descriptor without a connected socket behind it.
-_NO_SOCKET = (errno.EBADF, errno.ENOTSOCK, errno.ENOTCONN)
+_NO_SOCKET = (errno.EBADF, errno.ENOTSOCK, errno.ENOTCONN)  # behind a number
 
 
 def _tcp_state(sock):
@@ -737,8 +723,7 @@ class Message:
     def is_reply(self):
         """Whether onreply_route, if there is one, gets this message.
 
-        Plain bytes do not show it: they count as a reply on a connection that
-        we opened.  A framing that knows better has a subclass of Message.
+        Here, on a connection that we opened; SIP has a Message that knows.
         """
         return self._conn.plan.origin == "connect"
 
@@ -771,8 +756,7 @@ class ProtocolError(Exception):
     """Raised by a framing: reason "protocol", with the text as detail."""
 
 
-#: What next_message returns when it has taken bytes that are no message.
-SKIPPED = object()
+SKIPPED = object()  #: next_message has taken bytes that are no message
 
 
 class Framing:
@@ -898,8 +882,7 @@ def _check_printable(buffer, protocol):
 
 #: The framings by name; add yours.  "raw" has none: a message is one recv().
 FRAMINGS = {"raw": None, "line": LineFraming}
-#: The framings that go around another one, by name.
-_LAYERS = {}
+_LAYERS = {}  #: The framings that go around another one, by name
 
 # A section that enters itself into one of these is named nowhere else, and
 # brings its own imports and public names: it can be cut out of the file.
@@ -1200,7 +1183,6 @@ class WebSocketFraming(Framing):
         return None
 
     # -- the handshake ------------------------------------------------------
-
     def _check(self):
         """Raise ValueError for a setting that a request cannot carry."""
         if not re.fullmatch(r"[!-~]+", self.path):
@@ -1323,7 +1305,6 @@ class WebSocketFraming(Framing):
         self._agree(subprotocol)
 
     # -- frames that come in ------------------------------------------------
-
     def next_message(self):
         """Return the next message, str or bytes; SKIPPED or None if none."""
         if not self.opened:
@@ -1392,7 +1373,6 @@ class WebSocketFraming(Framing):
         elif (opcode == _CONTINUED) != self.amid:
             raise _Violation(1002, "a message within a message" if self.amid
                              else "a continuation of nothing")
-
 
     def _take_payload(self):
         """Take what has come of a frame; return a message, SKIPPED or None."""
@@ -1474,7 +1454,6 @@ class WebSocketFraming(Framing):
         self.closed = self.closed or f"FIN {where}"
 
     # -- frames that go out -------------------------------------------------
-
     def _encode_frame(self, opcode, payload):
         """Return a frame, always the only one of its message."""
         length = len(payload)
@@ -1524,9 +1503,8 @@ __all__ += ["WebSocketFraming"]
 # loop just moves bytes, and the socket stays a plain one that can be probed
 # (an SSLSocket refuses MSG_PEEK).
 #
-# Three ends are distinguished: close_notify is a clean one ("eof"), a FIN
-# without it a truncation ("protocol"), since anyone on the way can send a FIN,
-# and an RST a "reset".
+# Three ends: close_notify is a clean one ("eof"), a FIN without it a
+# truncation ("protocol"; anyone on the way can send one), an RST a "reset".
 
 _LONGEST_RECORD = 16384  #: bytes of plain text in a TLS record
 
@@ -1674,8 +1652,6 @@ class TlsFraming(Framing):
             raise ProtocolError("TLS truncated: FIN without close_notify")
         return self.inner.finish()
 
-    # -- what goes out ------------------------------------------------------
-
     def _seal(self, data):
         """Encrypt, unless OpenSSL has given up."""
         if data and not self._failure:
@@ -1689,21 +1665,20 @@ class TlsFraming(Framing):
         if self._outgoing.pending:
             self.output += self._outgoing.read()
 
-    def _flush(self):
-        """Return the bytes to send, and forget them."""
+    def _flush(self, data=b""):
+        """Encrypt data; return the bytes to send, and forget them."""
+        self._seal(data)
         data = bytes(self.output) + self._outgoing.read()
         self.output.clear()
         return data
 
     def encode(self, payload):
         """Return the records that send a payload."""
-        self._seal(self.inner.encode(payload))
-        return self._flush()
+        return self._flush(self.inner.encode(payload))
 
     def encode_text(self, text):
         """Return the records that send a text."""
-        self._seal(self.inner.encode_text(text))
-        return self._flush()
+        return self._flush(self.inner.encode_text(text))
 
     def farewell(self, reason):
         """Return the inner framing's farewell and close_notify."""
@@ -1780,8 +1755,7 @@ class Deadline(NamedTuple):
     detail: Callable    #: (conn, now) -> detail; None: it was put off
 
 
-#: Seconds between two looks at a peer that is suspected to have vanished.
-_PROBE_AGAIN = 0.25
+_PROBE_AGAIN = 0.25  #: seconds between two looks at a suspected peer
 
 
 def _of_opening(conn, phase):
@@ -1884,7 +1858,6 @@ class Table:
         """Return the connection or listener of a conid, or None."""
         return self.connections.get(conid) or self.listeners.get(conid)
 
-
     def add(self, owner, owners):
         """Give a conid that has never been used to one of the owners."""
         owner.conid = next(self._conids)
@@ -1961,8 +1934,7 @@ class Handlers:
         self.current = None      #: the connection of the handler that runs
         self.event = None        #: the event of the handler that runs
         self.leaving = None      #: the exception that is to leave the loop
-        self.outbound = None     #: see tcp_set_otcpid; of one message
-
+        self.outbound = {}       #: see tcp_set_otcpid; of one message
 
     def request_route(self, handler):
         """Decorator: call handler(msg) for each message received."""
@@ -2013,7 +1985,9 @@ class Handlers:
         except BaseException as error:
             self.raised(error, handler, conn)
         finally:
-            self.current = self.outbound = None
+            self.current = None
+            if self.outbound:
+                self.outbound.clear()
 
     def report(self):
         """Call the handlers of the queued events; return how many."""
@@ -2069,14 +2043,10 @@ _READ, _WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 #: it.  PyPy has no name for Linux' flag.
 _NOSIGNAL = getattr(socket, "MSG_NOSIGNAL",
                     0x4000 if sys.platform.startswith("linux") else 0)
-#: Deadlines that may fire in one turn.
-_BATCH = 64
-#: Seconds of one wait; epoll counts its milliseconds in 31 bits.
-_LONGEST_WAIT = 86400
-#: Turns in a row in which a descriptor was ready and nothing came of it.
-_SPIN = 100
-#: Seconds for which an owner is suspended, unless it is resumed before.
-_SUSPENSION = 0.1
+_BATCH = 64  #: deadlines that may fire in one turn
+_LONGEST_WAIT = 86400  #: seconds; epoll counts milliseconds in 31 bits
+_SPIN = 100  #: turns in which a descriptor was ready, and nothing came of it
+_SUSPENSION = 0.1  #: seconds
 
 
 def _unread(sock):
@@ -2509,8 +2479,7 @@ class Reactor:
 # All connections of one listen, connect or attach are made alike.  They share
 # one record of that, which costs each a pointer.
 
-#: Bytes asked of one recv(): one turn of one connection.
-_RECV_SIZE = 65536
+_RECV_SIZE = 65536  #: Bytes asked of one recv(): one turn of one connection
 
 
 class Settings(NamedTuple):
@@ -2614,35 +2583,25 @@ class Plan:
 #
 # Connection.end is the one door.  Code that moves bytes or registers
 # descriptors ends nothing: fail() records that the socket is dead, and the
-# turn ends the connection (work).  So no call of ours ends a connection under
-# its caller.  A probe consumes the FIN or the error that it meets, so `seen`
-# keeps it; `seen` is provisional.  `cause`, why the connection has ended, is
-# set by end(), once.
+# turn ends the connection (work).  A probe consumes the FIN or the error that
+# it meets, so `seen` keeps it, provisionally; end() sets `cause`, once.
 #
 # Four more places close a socket: the next address of connect, an accepted
 # socket that nothing can be built on, a listener's end, a child after fork().
 
-#: The manners of ending.
 _AT_ONCE, _SEND_REST, _READ_REST = "at once", "send rest", "read rest"
-
-#: recv() calls on a dead socket in one turn.
-_REST_READS = 16
-#: Messages of one connection in one turn: a flood costs the others no time.
-_SHARE = 8
-#: recv() calls that empty a socket before it is closed: 8 MB; Linux holds 6.
-_EMPTYING = 128
+_REST_READS = 16  #: recv() calls on a dead socket in one turn
+_SHARE = 8  #: messages of one connection in one turn: others may wait
+_EMPTYING = 128  #: recv() calls that empty a socket: Linux holds 6 MB
 _AGAIN = (BlockingIOError, InterruptedError)
 #: send() errors that say "not now": the bytes are queued.
 _NOT_NOW = (errno.EAGAIN, errno.EWOULDBLOCK, errno.EINTR, errno.ENOBUFS,
             errno.ENOMEM)
-#: connect() has not failed so far.
-_UNDER_WAY = (0, errno.EINPROGRESS, errno.EWOULDBLOCK)
-#: connect() had succeeded, and the connection has ended since: FIN and RST,
-#: or an RST, maybe with data before.  In the handshake it is ECONNREFUSED.
+_UNDER_WAY = (0, errno.EINPROGRESS, errno.EWOULDBLOCK)  #: of connect()
+#: connect() had succeeded before; an RST that answers it is ECONNREFUSED.
 _ENDED_SINCE = (errno.EPIPE, errno.ECONNRESET)
 _LINGER_RESET = struct.pack("ii", 1, 0)
-#: What Messages.ask returns where a framing has raised.
-_FAILED = object()
+_FAILED = object()  #: What Messages.ask returns where a framing has raised
 
 
 def _socket_for(addresses):
@@ -2886,10 +2845,7 @@ class Messages:
 
 
 class Connection:
-    """A connection, from its socket to its one event.
-
-    No __dict__, since there may be tens of thousands of them.
-    """
+    """A connection, from its socket to its one event."""
 
     __slots__ = (
         "plan", "conid", "proto", "sock", "events", "peer", "local", "phase",
@@ -3380,12 +3336,10 @@ class Connection:
 # 17. A listener
 #
 # It is no connection: it has a conid and an end, but no bytes, deadlines or
-# events.  With no descriptor left, a peer that waits keeps it ready for ever;
-# so it rests until a connection ends, or for a short time, since descriptors
-# come free elsewhere, too.
+# events.  With no descriptor left a peer that waits keeps it ready for ever;
+# so it rests until a connection ends, or for a short time.
 
-#: accept() calls of one listener in one turn.
-_ACCEPTS = 64
+_ACCEPTS = 64  #: accept() calls of one listener in one turn
 #: accept() errors that say "not now": the listener rests.
 _FULL = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 #: accept() errors of the listener itself; all others are one peer's.
@@ -3636,8 +3590,7 @@ class SpecFunctions:
         FAILURE: it has errors, does not exist or is about to be closed.
         """
         conn = self._known(conid)
-        return (Result.SUCCESS if conn is not None and state_of(conn)
-                else Result.FAILURE)
+        return _SUCCESS if conn is not None and state_of(conn) else _FAILURE
 
     @_script_function("[conid]", State.NOT_FOUND)
     def tcp_conid_state(self, conid):
@@ -3701,8 +3654,7 @@ class SpecFunctions:
         self._usable(conid).wants_event = True
         return Result.SUCCESS
 
-    # The functions of the original's later releases.
-
+    # -- of the original's later releases ---------------------------------
     @_script_function("[conid]")
     def tcp_close_connection(self, conid):
         """Close a connection, or a listener.
@@ -3733,16 +3685,14 @@ class SpecFunctions:
     def tcp_con_alive(self, address):
         """Return SUCCESS if there is a usable connection with a peer."""
         conn = self._peer(*_parse_uri(address))
-        return (Result.SUCCESS if conn is not None and state_of(conn)
-                else Result.FAILURE)
+        return _SUCCESS if conn is not None and state_of(conn) else _FAILURE
 
     @_script_function("conid")
     def tcp_set_otcpid(self, conid):
         """Name the connection on which forward is to send, for the message
         being handled; FAILURE outside of its handler.
         """
-        outbound = self._outbound()
-        outbound["conid"] = self._usable(conid).conid
+        self._outbound()["conid"] = self._usable(conid).conid
         return Result.SUCCESS
 
     @_script_function("mode")
@@ -3750,9 +3700,8 @@ class SpecFunctions:
         """Have forward heed tcp_set_otcpid (mode not 0) or not (mode 0), for
         the message being handled; off when its handler is called.
         """
-        outbound = self._outbound()
-        outbound["heed"] = _number(mode, "mode", -NEVER, NEVER,
-                                   whole=True) != 0
+        heed = _number(mode, "mode", -NEVER, NEVER, whole=True) != 0
+        self._outbound()["heed"] = heed
         return Result.SUCCESS
 
     def _outbound(self):
@@ -3760,33 +3709,28 @@ class SpecFunctions:
         handlers = self._handlers
         if handlers.current is None or handlers.event is not None:
             raise _ArgumentError("only in the handler of a message")
-        if handlers.outbound is None:
-            handlers.outbound = {}
         return handlers.outbound
 
     def _peer(self, host, port, protos):
         found = (self._table.find_peer(_peer_key(address), protos)
                  for _, address in _resolve(host, port))
-        return next((conn for conn in found if conn is not None), None)
+        return next(filter(None, found), None)
 
 # ---------------------------------------------------------------------------
 # 20. TcpOps
 #
 # The object that a program holds: it puts the pieces above together.
 
-#: Descriptors left for the host program where max_connections is not given.
-_RESERVE = 32
+_RESERVE = 32  #: descriptors left for the host program, unless told otherwise
 
 
 def _room(limit):
     """Return max_connections; None: what the process may open, less some."""
     if limit is not None:
         return _number(limit, "max_connections", 1, sys.maxsize, whole=True)
-    try:
-        import resource
-        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    except ImportError:  # pragma: no cover (Windows has no such limit)
+    if resource is None:  # pragma: no cover (Windows has no such limit)
         return NEVER
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return NEVER if soft == resource.RLIM_INFINITY else max(1, soft - _RESERVE)
 
 
@@ -3964,7 +3908,6 @@ class TcpOps(SpecFunctions):
 
         tls is an ssl.SSLContext for clients, which says what is verified;
         server_hostname is the name in the certificate where it is not host.
-
         An event reports the outcome: tcp:opened, or an end.  Payloads sent
         meanwhile are queued.  The lookup of a name may block; its addresses
         are tried in turn, all within connect_timeout.  Raises OSError (no such
@@ -4045,7 +3988,7 @@ class TcpOps(SpecFunctions):
     def _way_to(self, address):
         """Return the connection for forward, or None after a log line."""
         host, port, protos = _parse_uri(address)
-        outbound = self._handlers.outbound or {}
+        outbound = self._handlers.outbound
         if outbound.get("heed") and "conid" in outbound:
             conn = self._usable(outbound["conid"])
         else:
@@ -4065,8 +4008,7 @@ class TcpOps(SpecFunctions):
                 self.connect(host, port, framing=framing or "raw"))
         return conn
 
-    # Questions.
-
+    # -- questions --------------------------------------------------------
     def connection(self, conid):
         """Return a ConnectionInfo of a connection or listener, or None."""
         conn = self._table.get(conid) if type(conid) is int else None
@@ -4095,8 +4037,7 @@ class TcpOps(SpecFunctions):
     def stats(self):
         """Return counts since the start, as a dict.
 
-        opened (connections), ended ({reason: count}), accepts_refused (how
-        often a listener met a lack of room), bytes_in and bytes_out.
+        accepts_refused counts how often a listener met a lack of room.
         """
         table, live = self._table, self._connections()
         return {
@@ -4107,8 +4048,7 @@ class TcpOps(SpecFunctions):
             "bytes_out": table.bytes_out + sum(c.bytes_out for c in live),
         }
 
-    # Running.
-
+    # -- running ----------------------------------------------------------
     run = _part("_reactor", Reactor.run)
     step = _part("_reactor", Reactor.step)
     stop = _part("_reactor", Reactor.stop)
@@ -4151,8 +4091,7 @@ class TcpOps(SpecFunctions):
     def close(self):
         """End every connection at once, report the events, free everything.
 
-        From inside a handler: when that has returned.  A second call does
-        nothing.
+        From inside a handler: when that has returned.
         """
         reactor = self._reactor
         if reactor.closing:
@@ -4169,11 +4108,10 @@ class TcpOps(SpecFunctions):
         self.close()
 
     def _abandon(self):
-        """Close this process's copies and touch nothing that is shared.
+        """In a child after fork(): close copies, touch nothing shared.
 
-        After fork() the selector and the sockets are the parent's too: to
-        unregister, to read or to end something here would be felt there.
-        Not to close would keep the parent's peers from ever seeing its FIN.
+        To unregister, read or end anything would be felt in the parent; not to
+        close would keep its peers from ever seeing its FIN.
         """
         for conn in self._connections():
             conn.enter(_ENDED)
@@ -4226,15 +4164,12 @@ Exit status: 0, 130 after a second signal, 1 if the system said no (or no
 handlers from a file: examples/serve.py.
 """
 _ERASE = "\r\x1b[K"
-_LISTED = 100   #: Connections that are listed in one turn of the loop.
-_QUEUED = 1000  #: Lines that wait for whoever reads them.
-#: Long payloads are shown by their beginning and end.
-_PAYLOADS = reprlib.Repr()
+_QUEUED = 1000  #: lines that wait for their reader
+_PAYLOADS = reprlib.Repr()  #: shows the beginning and end of a long one
 _PAYLOADS.maxother = _PAYLOADS.maxstring = 72
 #: What a person may try a listener with, where nc alone will not do.
 _CLIENTS = {"sip": r"printf 'OPTIONS sip:x SIP/2.0\r\nl:0\r\n\r\n' | nc {} {}",
             "ws": "new WebSocket('ws://{2}') in a browser"}
-#: Details that say no more than their reason.
 _PLAIN_DETAILS = ("FIN from the peer", "closed by conid", "drained")
 
 
@@ -4460,8 +4395,9 @@ class _Program:
         elif line in ("quit", "exit"):
             self.stop()
         elif line == "list":
-            listeners = [info.conid for info in self._ops.listeners()]
-            self._list([], listeners + self._ops.conids())
+            infos = self._ops.listeners() + self._ops.connections()
+            self._out.line("\n".join(map(_describe, infos))
+                           or "no connections")
         elif name.startswith("tcp_") and hasattr(TcpOps, name):
             answer = getattr(self._ops, name)(*rest.split())
             word = f" {answer.name}" if isinstance(answer, State) else ""
@@ -4477,15 +4413,6 @@ class _Program:
         else:
             log.warning("no such command: %s; type help", line)
             self._out.line(f"{Result.FAILURE}")
-
-    def _list(self, lines, conids):
-        """Show connections, some in each turn: there may be thousands."""
-        infos = map(self._ops.connection, conids[:_LISTED])
-        lines += map(_describe, filter(None, infos))
-        if conids[_LISTED:]:
-            self._ops.call_soon(self._list, lines, conids[_LISTED:])
-        else:
-            self._out.line("\n".join(lines) or "no connections")
 
 
 def _address(text, lowest_port=1):

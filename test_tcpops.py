@@ -97,7 +97,7 @@ needs_localhost = pytest.mark.skipif(
 
 #: What framings, transports and examples need.
 NEEDS = {"sip": [needs_sip], "ws": [needs_ws], "tls": [needs_tls],
-         "wss": [needs_ws, needs_tls], "find_by_address": [needs_localhost],
+         "wss": [needs_ws, needs_tls], "find_by_address": [needs_localhost, needs_sip],
          "from_kamailio": [needs_sip], "sip_server": [needs_sip],
          "tls_echo": [needs_tls], "ws_chat": [needs_ws]}
 
@@ -793,11 +793,12 @@ class TestAddresses:
         ("[::1]:65535", "::1", 65535),
         ("[::1]", "::1", 5060),
         ("[fe80::1%eth0]:7", "fe80::1%eth0", 7),
+        *[pytest.param(*form, marks=needs_sip) for form in (
         ("sip:10.0.0.1", "10.0.0.1", 5060),
         ("sip:alice@10.0.0.1:5070;transport=tcp", "10.0.0.1", 5070),
         ("SIP:alice;day=tue@example.org?subject=a:b", "example.org", 5060),
         ("sips:bob@[::1]", "::1", 5061),
-        ("sips:bob@host:5060;lr", "host", 5060),
+        ("sips:bob@host:5060;lr", "host", 5060))],
     ])
     def test_forms(self, text, host, port):
         assert tcpops.parse_address(text) == (host, port)
@@ -840,6 +841,7 @@ class TestAddresses:
         ("sip:h;maddr=10.0.0.1", None), ("sip:h;MAddr=h", None),
         ("sip:h;m%61ddr=h", None), ("sips:h;transport=tls;maddr=h", None),
         ("sip:h;transport=tcp;transport=tls", None)])
+    @needs_sip
     def test_the_transport_of_a_uri(self, uri, port):
         if port is None:
             with pytest.raises(ValueError, match="address must be"):
@@ -2517,6 +2519,7 @@ class TestLaterReleases:
             assert event.reason == "closed"
             assert event.detail == "closed by conid, 10 bytes unsent"
 
+    @needs_sip
     def test_get_conid(self, world):
         sock, conid = world.client()
         host, port = sock.getsockname()
@@ -2531,6 +2534,7 @@ class TestLaterReleases:
         assert ops.tcp_get_conid(f"{host}:{port}") == -1
         assert ops.tcp_con_alive(f"{host}:{port}") is Result.FAILURE
 
+    @needs_sip
     def test_get_conid_port_defaults_to_5060(self, world):
         with socket.socket() as sock:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -3382,7 +3386,7 @@ class TestFramings:
             made.append(max_message)
             if len(made) > 1:
                 raise ZeroDivisionError
-            return tcpops.RawFraming(max_message, client)
+            return tcpops.LineFraming(max_message, client)
         world = make_world(framing=factory)  # tried out once
         with socket.create_connection(("127.0.0.1", world.port), 5) as sock:
             world.until(lambda: logged)
@@ -5505,6 +5509,7 @@ class TestListenAndConnect:
                 "reset", errno.ECONNREFUSED)
         assert len(world.events) == 2 and not world.messages
 
+    @needs_sip
     @needs("ip")
     @pytest.mark.skipif(not hasattr(socket, "if_nametoindex"),
                         reason="PyPy has no if_nametoindex")

@@ -239,6 +239,9 @@ class Event(NamedTuple):
     bytes_in: int           #: bytes received
     bytes_out: int          #: bytes handed to the kernel
     queued: int             #: bytes in our queue; at the end, lost ones
+    #: At an end: bytes that the peer's kernel has not acknowledged, queued
+    #: ones too; None where the platform cannot say.
+    unsent: Optional[int]
     origin: str             #: "accept", "connect" or "attach"
     listener: Optional[int]     #: conid of the listener that accepted it
     opened: bool            #: whether it has been usable
@@ -250,7 +253,6 @@ class Event(NamedTuple):
 
 # ---------------------------------------------------------------------------
 # 3. Arguments
-#
 # A wrong argument raises where Python calls, and is one log line and -1 in the
 # functions of the specification.  Both check here, where it always raises
 # _ArgumentError; only section 19 turns that into a return code.
@@ -268,8 +270,7 @@ _NUMERAL = re.compile(r"[+-]?[0-9]{1,100}(\.[0-9]{1,100})?", re.ASCII)
 def _number(value, name, low, high, whole=False):
     """Return value as a number from low to high, or raise ValueError.
 
-    A numeric string is a number, as in the script language.  bool is not one,
-    though Python says so: True for a conid is a mistake, never an intention.
+    A numeric string is a number, as in the script language; a bool is not.
     """
     number = value
     if type(value) is int and low <= value <= high:
@@ -421,7 +422,6 @@ def _system_error(error):
 
 # ---------------------------------------------------------------------------
 # 4. Deadlines
-#
 # Nearly every deadline is put off before it fires: each message renews a
 # lifetime.  So activity only stores a number on the connection and leaves the
 # heap alone; an entry that fires early is pushed back to where it belongs.
@@ -484,7 +484,6 @@ class Deadlines:
 
 # ---------------------------------------------------------------------------
 # 5. Keepalive
-#
 # The kernel probes, but not while data of ours is unacknowledged: a peer that
 # vanishes with data in flight stays "alive" for 15 minutes (tcp_retries2).
 # TCP_USER_TIMEOUT would end that, but also a living peer that keeps its window
@@ -567,6 +566,7 @@ _TCP_SYN_SENT = 2
 #: Where an error is final: SYN_SENT (the kernel may try again after an ICMP
 #: error, but connect() has failed), CLOSE, and a state that is not known.
 _TCP_FAILED = (_TCP_SYN_SENT, 7, None)
+_TCP_SHUT = (4, 5, 6, 9, 11)  #: our FIN was sent
 #: No byte can follow: TIME_WAIT, CLOSE, CLOSE_WAIT, LAST_ACK, CLOSING.
 _TCP_ENDED = (6, 7, 8, 9, 11)
 
@@ -597,9 +597,7 @@ def is_dead(info, limit, suspected):
 
 # ---------------------------------------------------------------------------
 # 6. Probing a socket
-#
-# Some facts about SO_ERROR and MSG_PEEK, each of which decides a line below
-# (Linux; the test suite shows them):
+# Facts about SO_ERROR and MSG_PEEK on Linux; each decides a line below:
 #
 # - Reading SO_ERROR clears it.  After an RST the first read says ECONNRESET,
 #   the second 0, and recv() then says a clean EOF.  A MSG_PEEK that raises
@@ -619,6 +617,8 @@ _recv = socket.socket.recv  # an SSLSocket's own refuses flags
 _PEEK = socket.MSG_PEEK | getattr(socket, "MSG_DONTWAIT", 0)
 _SOL_SOCKET, _SO_ERROR = socket.SOL_SOCKET, socket.SO_ERROR
 _NO_SOCKET = (errno.EBADF, errno.ENOTSOCK, errno.ENOTCONN)  # behind a number
+_FIONREAD = getattr(termios, "FIONREAD", 0)
+_TIOCOUTQ = getattr(termios, "TIOCOUTQ", 0)
 
 
 def _tcp_state(sock):
@@ -654,13 +654,33 @@ def _look(sock):
     return State.ERROR, number, False
 
 
+def _in_kernel(sock, request):
+    """Return the bytes in a queue of a socket's, None where none can tell.
+
+    FIONREAD: not read; TIOCOUTQ: not acknowledged, our FIN included.
+    """
+    try:
+        return int.from_bytes(fcntl.ioctl(sock, request, bytes(4)),
+                              sys.byteorder)
+    except (AttributeError, OSError, ValueError):  # no fcntl; not a socket
+        return None
+
+
+def _reset(sock):
+    """Have close() send RST and throw away the bytes that are not sent."""
+    sock.setsockopt(_SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    if _tcp_state(sock) not in _TCP_FAILED:  # pragma: no branch (Linux)
+        # connect(AF_UNSPEC) sends it though a duplicate is held elsewhere.
+        import ctypes
+        ctypes.CDLL(None).connect(sock.fileno(), bytes(16), 16)
+
+
 def probe(sock):
     """Return (State, errno or None) of any TCP socket.  Spec: 3.2.
 
     Needs no loop, and never blocks or raises because of the socket's state.
     OK with an errno: an ICMP error has come, and the kernel goes on trying.
-    Reading an error clears it, so a second probe of a failed socket finds
-    less than the first; TcpOps remembers, this cannot.
+    Reading an error clears it: a second probe may find less than the first.
     """
     timeout = sock.gettimeout()
     if timeout and sock.fileno() >= 0:
@@ -680,7 +700,6 @@ def probe(sock):
 
 # ---------------------------------------------------------------------------
 # 7. Messages and framings
-#
 # A framing turns bytes into payloads and payloads into bytes.  It touches no
 # socket, reads no clock and calls no handler: a test only has to feed it
 # bytes.  The loop pulls payloads one by one: when a connection may no longer
@@ -760,24 +779,19 @@ SKIPPED = object()  #: next_message has taken bytes that are no message
 
 
 class Framing:
-    """The base of every framing, yours included.
+    """The base of every framing, yours included: listen, say, takes the class.
 
-    Pass the class to listen, connect or attach; each connection gets an
-    instance.  Override next_message and encode.  While opened is False (a
-    handshake), the connection is not usable and tcp:opened not reported.
+    Override next_message and encode.  While opened is False (a handshake), the
+    connection is not usable and tcp:opened not reported.
     """
 
     proto = "tcp"      #: the proto of its connections
     message = Message  #: the class of its messages; read once it is open
     opened = True      #: False during a handshake
     handshake = "handshake"  #: its name
-    #: The end's detail, once the peer has ended the stream in the protocol's
-    #: own way, which counts as its FIN.
-    closed = None
+    closed = None  #: the end's detail, once the peer has sent its farewell
     mute = False  #: True once nothing more can be sent: send() then refuses
-    #: True between the parts of a message, if something else may come there:
-    #: SKIPPED then does not extend that message's time.
-    amid = False
+    amid = False  #: within a message: SKIPPED does not extend its time
 
     def __init__(self, max_message, client):
         self.max_message = max_message  #: bytes; refuse a longer message
@@ -811,6 +825,11 @@ class Framing:
     def partial(self):
         """Whether a message has begun and is not complete."""
         return bool(self.buffer)
+
+    @property
+    def pending(self):
+        """How many bytes were received and are in no message returned."""
+        return len(self.buffer)
 
     def encode(self, payload):
         """Return the bytes that send a payload of bytes."""
@@ -889,7 +908,6 @@ _LAYERS = {}  #: The framings that go around another one, by name
 
 # ---------------------------------------------------------------------------
 # 8. SIP over a stream
-#
 # Not a SIP stack: where a message ends (RFC 3261, 18.3), and access to its
 # headers.  A start line must name SIP and is not judged otherwise, so that a
 # request which no one understands does not cost the ones behind it.
@@ -1088,7 +1106,6 @@ __all__ += ["SipMessage", "SipFraming"]
 
 # ---------------------------------------------------------------------------
 # 9. WebSocket
-#
 # RFC 6455: an HTTP request and its answer, then frames.  A frame's payload is
 # taken as it arrives, so that text that is not UTF-8, and a message that will
 # be too long, are refused at their first wrong byte.  A client masks its
@@ -1447,6 +1464,11 @@ class WebSocketFraming(Framing):
         """Whether a message or a frame has begun and is not complete."""
         return self.amid or bool(self.buffer)
 
+    @property
+    def pending(self):
+        """How many bytes were received and are in no message returned."""
+        return len(self.buffer) + sum(map(len, self._parts))
+
     def finish(self):
         """Note what the FIN has cut short."""
         where = ("without a close frame" if self.opened
@@ -1498,7 +1520,6 @@ __all__ += ["WebSocketFraming"]
 
 # ---------------------------------------------------------------------------
 # 10. TLS
-#
 # A framing around another one, over two memory BIOs of the ssl module: the
 # loop just moves bytes, and the socket stays a plain one that can be probed
 # (an SSLSocket refuses MSG_PEEK).
@@ -1568,6 +1589,7 @@ class TlsFraming(Framing):
     mute = property(lambda self: self._failure or self.inner.mute)
     partial = property(lambda self: bool(
         self.inner.partial or self._left or self._head))
+    pending = property(lambda self: self.inner.pending)
 
     def begin(self, host):
         """Start the handshake."""
@@ -1694,7 +1716,6 @@ __all__ += ["RawFraming"]
 
 # ---------------------------------------------------------------------------
 # 11. The life of a connection
-#
 # The state machine, as data: the phases and what each allows (LIFE), the kinds
 # of deadline (DEADLINES), and why a connection is not read (NOT_READING): the
 # peer cannot be blamed for its silence while we do not read.
@@ -1724,31 +1745,36 @@ LIFE = types.MappingProxyType({
         ("handshake",    1, 1, 1, 1, "open sending_rest reading_rest ended"),
         ("open",         1, 1, 1, 1, "sending_rest reading_rest ended"),
         # Ended for the program; its queue and its farewell are sent.
-        ("sending_rest", 0, 0, 0, 0, "ended"),
+        ("sending_rest", 0, 0, 0, 0, "lingering ended"),
+        # Our FIN is sent; the peer's is waited for, its bytes thrown away.
+        ("lingering",    0, 1, 0, 0, "ended"),
         # Its socket is dead; the bytes that it holds become messages.
         ("reading_rest", 0, 0, 1, 0, "ended"),
         ("ended",        0, 0, 0, 0, ""))})
-(_NEW, _CONNECTING, _HANDSHAKE, _OPEN, _SENDING_REST, _READING_REST,
- _ENDED) = LIFE.values()
+(_NEW, _CONNECTING, _HANDSHAKE, _OPEN, _SENDING_REST, _LINGERING,
+ _READING_REST, _ENDED) = LIFE.values()
 
 #: Why a connection is not read, and the deadlines that do not fire meanwhile.
 NOT_READING = types.MappingProxyType({
     "queue": ("handshake", "message"),  # it is over the limit
     "messages": ("handshake", "message", "lifetime"),   # over a turn's share
-    "suspended": ("handshake", "message", "lifetime")})  # ready in vain
+    "suspended": ("handshake", "message", "lifetime"),  # ready in vain
+    "fin": ()})  # of the peer: only our queue in the kernel is waited for
 
 
 def not_reading(conn):
     """Return why a connection is not read: those of NOT_READING that hold."""
     holds = (conn.is_full(),
              conn.messages is not None and conn.messages.waiting,
-             conn in conn.plan.reactor.suspended)
+             conn in conn.plan.reactor.suspended,
+             conn.lingering is not None and conn.lingering.fin)
     return list(itertools.compress(NOT_READING, holds))
 
 
 class Deadline(NamedTuple):
     """A row of DEADLINES.  Its functions take a connection."""
 
+    phases: tuple       #: those in which it counts
     time: Callable      #: (conn) -> when it fires, or NEVER
     reason: str         #: of the end
     errno: Optional[int]
@@ -1758,8 +1784,8 @@ class Deadline(NamedTuple):
 _PROBE_AGAIN = 0.25  #: seconds between two looks at a suspected peer
 
 
-def _of_opening(conn, phase):
-    return conn.opening.deadline if conn.phase is phase else NEVER
+def _of_opening(conn):
+    return conn.opening.deadline + conn.plan.reactor.lag
 
 
 def _incomplete(conn, what):
@@ -1793,51 +1819,48 @@ def _vanished(conn, now):
 #: The kinds of deadline.  Of several that have come the earliest fires.
 DEADLINES = types.MappingProxyType({
     "connect": Deadline(
-        lambda conn: _of_opening(conn, _CONNECTING), "connect",
-        errno.ETIMEDOUT, lambda conn, now:
+        (_CONNECTING,), _of_opening, "connect", errno.ETIMEDOUT,
+        lambda conn, now:
         f"no answer in {conn.plan.settings.connect_timeout:.9g} s"),
     "handshake": Deadline(
-        lambda conn: _of_opening(conn, _HANDSHAKE), "message", None,
+        (_HANDSHAKE,), _of_opening, "message", None,
         lambda conn, now: _incomplete(conn, conn.messages.framing.handshake)),
     "message": Deadline(
-        lambda conn: (conn.messages.deadline if conn.phase is _OPEN
-                      and conn.messages is not None else NEVER),
+        (_OPEN,), lambda conn: NEVER if conn.messages is None
+        else conn.messages.deadline + conn.plan.reactor.lag,
         "message", None, lambda conn, now: _incomplete(conn, "message")),
     "send": Deadline(
+        (_HANDSHAKE, _OPEN, _SENDING_REST, _LINGERING),
         lambda conn: conn.send_deadline, "send", None, lambda conn, now:
-        f"{len(conn.queue)} bytes unsent after"
+        f"{conn.queued()} bytes unsent after"
         f" {conn.plan.settings.send_timeout:.9g} s"),
+    "linger": Deadline(
+        (_LINGERING,), lambda conn: conn.lingering.deadline, "closed", None,
+        lambda conn, now: ""),
     "keepalive": Deadline(
-        lambda conn: conn.keepalive_deadline, "keepalive", errno.ETIMEDOUT,
-        _vanished),
+        (_CONNECTING, _HANDSHAKE, _OPEN), lambda conn: conn.keepalive_deadline,
+        "keepalive", errno.ETIMEDOUT, _vanished),
     "lifetime": Deadline(
-        lambda conn: (NEVER if conn.phase is _HANDSHAKE
-                      else conn.renewed + conn.lifetime),
+        (_CONNECTING, _OPEN), lambda conn: conn.renewed + conn.lifetime,
         "lifetime", None, lambda conn, now: f"idle for {conn.lifetime:.9g} s"),
 })
 
 
 def deadlines_of(conn):
     """Return {kind: time} of the deadlines that a connection has."""
-    if conn.phase in (_READING_REST, _ENDED):
-        return {}
     waiting = {kind for why in not_reading(conn) for kind in NOT_READING[why]}
     times = ((kind, row.time(conn)) for kind, row in DEADLINES.items()
-             if kind not in waiting)
+             if conn.phase in row.phases and kind not in waiting)
     return {kind: time for kind, time in times if time != NEVER}
 
 # ---------------------------------------------------------------------------
 # 12. The table of connections
-#
 # Conids count up and are never used twice.  A connection that has ended stays
 # until its event has been reported: in the handler its state is known.
 
 
 class Table:
-    """The connections by conid and by their peer's address; the listeners.
-
-    It also counts them, and says whether there is room for another one.
-    """
+    """The connections by conid and by peer; the listeners; what is counted."""
 
     def __init__(self, limit):
         self.limit = limit       #: connections that may have a socket
@@ -1845,6 +1868,7 @@ class Table:
         self.listeners = {}      #: by conid
         self.crowded = {}        #: listeners suspended for want of room
         self.sockets = 0         #: connections that have a socket
+        self.lingering = {}      #: connections, the oldest one first
         self.begun = 0           #: connections that got a conid
         self.refused = 0         #: accepts for which there was no room
         self.ended = dict.fromkeys(REASONS, 0)
@@ -1866,6 +1890,7 @@ class Table:
     def count_end(self, conn):
         """Note that a connection has ended, and why."""
         self.sockets -= 1
+        self.lingering.pop(conn, None)
         self.ended[conn.cause.reason] += 1
         self.bytes_in += conn.bytes_in
         self.bytes_out += conn.bytes_out
@@ -1901,7 +1926,6 @@ class Table:
 
 # ---------------------------------------------------------------------------
 # 13. Handlers
-#
 # The program's functions, and the only place that calls them.  A handler never
 # runs inside another: an end meanwhile queues its event, which is reported
 # after the handler has returned.  An exception of a handler is logged and
@@ -2026,7 +2050,6 @@ class Handlers:
 
 # ---------------------------------------------------------------------------
 # 14. The reactor
-#
 # It waits, and gives each owner of a descriptor or a deadline its turn: wait,
 # input and output, work left over, calls, deadlines.  In that order, so that
 # bytes which have arrived are seen before a deadline fires for want of them.
@@ -2039,26 +2062,18 @@ class Handlers:
 # a number, which may be used again within one batch.
 
 _READ, _WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
-#: No SIGPIPE, even where a host program has undone Python's choice to ignore
-#: it.  PyPy has no name for Linux' flag.
-_NOSIGNAL = getattr(socket, "MSG_NOSIGNAL",
-                    0x4000 if sys.platform.startswith("linux") else 0)
+#: Of recv(): a duplicate of the descriptor may have been made blocking, which
+#: both share.  Of send() also no SIGPIPE, even where a host program has undone
+#: Python's choice to ignore it.  PyPy has no name for Linux' flag.
+_DONTWAIT = getattr(socket, "MSG_DONTWAIT", 0)
+_SEND_FLAGS = _DONTWAIT | getattr(
+    socket, "MSG_NOSIGNAL", 0x4000 if sys.platform.startswith("linux") else 0)
 _BATCH = 64  #: deadlines that may fire in one turn
 _LONGEST_WAIT = 86400  #: seconds; epoll counts milliseconds in 31 bits
 _SPIN = 100  #: turns in which a descriptor was ready, and nothing came of it
 _SUSPENSION = 0.1  #: seconds
+_BUSY = 0.1  #: seconds of not looking that no peer is blamed for
 
-
-def _unread(sock):
-    """Return how many bytes wait in a stream, None where none can tell."""
-    try:
-        if fcntl is not None and sock.type == socket.SOCK_STREAM:
-            return fcntl.ioctl(sock, termios.FIONREAD, bytes(4))
-    except ValueError:  # closed, and so never read
-        return b""
-    except (AttributeError, OSError):  # no socket
-        pass
-    return None
 
 
 class _Attended:
@@ -2070,11 +2085,13 @@ class _Attended:
 
     def ready(self, mask):
         """Call the function; return False if it has taken no byte."""
-        before = _unread(self.sock)
+        sock, before = self.sock, _in_kernel(self.sock, _FIONREAD)
         if self.call is not None:
             self.call(mask)
-        return (before is None or not mask & _READ or self.call is None
-                or _unread(self.sock) != before)
+        return (getattr(sock, "type", None) != socket.SOCK_STREAM
+                or before is None and sock.fileno() >= 0
+                or not mask & _READ or self.call is None
+                or _in_kernel(sock, _FIONREAD) != before)
 
     work = fault = lambda self, *_: None  # that is the host program's affair
 
@@ -2086,6 +2103,8 @@ class Reactor:
         self.clock = clock
         self.deadlines = Deadlines()
         self.suspended = {}       #: owners that are not selected for a while
+        self.lag = 0.0            #: seconds in which the loop did not look
+        self._until = NEVER       # when the wait was to end
         self.turning = self.stopping = self.closing = False
         self._handlers = handlers
         self._work = collections.OrderedDict()  # of owners, see later
@@ -2184,10 +2203,9 @@ class Reactor:
             self._complain_at = self.clock() + 1
 
     def attend(self, sock, events, ready):
-        """Call ready(mask) whenever a socket of the host program's is ready.
+        """Call ready(mask) whenever a socket without a conid is ready.
 
-        For a socket without a conid.  events and mask are those of the
-        selectors module.  It is called until it has read what there is.
+        events and mask are those of the selectors module.
         """
         _function(ready)
         self._selector.register(sock, events, _Attended(
@@ -2217,13 +2235,12 @@ class Reactor:
         self._interrupt()
 
     def stop(self):
-        """Make run() return after this turn.
+        """Make run() return after this turn, or, called before it, at once.
 
-        Safe from a signal handler and from any thread.  Called before run(),
-        it makes that return at once.  A loop of your own around step() should
-        give it a timeout: only run() is woken by a signal that comes just as
-        the wait begins.  Call stop() rather than raise in a signal handler:
-        between two steps of ours that may lose the message in hand.
+        Safe from a signal handler and from any thread.  A loop of your own
+        around step() should give it a timeout: only run() is woken by a signal
+        that comes just as the wait begins.  Call stop() rather than raise in a
+        signal handler: that may lose the message in hand.
         """
         self.stopping = True
         self._interrupt()
@@ -2232,7 +2249,7 @@ class Reactor:
         """Interrupt a wait; safe from a signal handler and any thread."""
         # Full: a wake-up is on its way.  Closed: nothing waits.
         with contextlib.suppress(OSError):
-            self._waker.send(b"\0", _NOSIGNAL)
+            self._waker.send(b"\0", _SEND_FLAGS)
 
     def nudge(self):
         """Make fileno() readable: there is new work."""
@@ -2246,9 +2263,8 @@ class Reactor:
     def fileno(self):
         """Return a descriptor that is readable when step(0) has work to do.
 
-        With next_deadline() it lets any other event loop drive this one: call
-        step(0) when it is readable and when the deadline has come, and ask
-        for the next one after each step.  Raises OSError on Windows.
+        So another event loop can drive this one: it calls step(0) then, and at
+        next_deadline(), which it asks for after each.  OSError on Windows.
         """
         self.check_running()
         if not hasattr(self._selector, "fileno"):  # pragma: no cover (Windows)
@@ -2304,9 +2320,8 @@ class Reactor:
                 self.release()
 
     def step(self, timeout=None):
-        """Wait until something happens, and handle it.
+        """Wait for something, timeout seconds at the most, and handle it.
 
-        Waits for timeout seconds at the most, None for as long as it takes.
         Returns how many things were handled, 0 if time ran out.  Raises
         RuntimeError inside a handler and after close().
         """
@@ -2335,11 +2350,10 @@ class Reactor:
 
     def _patience(self, limit):
         """Return how many seconds the next wait may take, None: no limit."""
-        due = self._due()
-        if due == NEVER and limit == NEVER:
-            return None
-        wait = max(0, due - self.clock()) if due != NEVER else NEVER
-        return min(wait, limit, _LONGEST_WAIT)
+        due, now = self._due(), self.clock()
+        wait = min(max(0, due - now), limit, _LONGEST_WAIT)
+        self._until = now + wait
+        return None if due == limit == NEVER else wait
 
     def _turn(self, wait):
         """Wait, then handle what there is; return how many things that was."""
@@ -2354,6 +2368,8 @@ class Reactor:
             if fires:
                 # A process that was stopped, or interrupted by a signal, wakes
                 # up with an old answer; bytes that have come by now count.
+                late = now - self._until
+                self.lag += late if late > _BUSY else 0
                 handled += self._serve_ready(self._select(0))
             for _ in range(len(self._work)):
                 if self._work:  # pragma: no branch (in a child, after fork())
@@ -2386,6 +2402,8 @@ class Reactor:
                     owner.fault(error)
                 self.later(owner)  # a signal may have cut its turn short
             raise
+        busy = self.clock() - now
+        self.lag += busy if busy > _BUSY else 0
         return handled
 
     def _settle(self):
@@ -2475,7 +2493,6 @@ class Reactor:
 
 # ---------------------------------------------------------------------------
 # 15. The plan of a connection
-#
 # All connections of one listen, connect or attach are made alike.  They share
 # one record of that, which costs each a pointer.
 
@@ -2491,6 +2508,7 @@ class Settings(NamedTuple):
     message_timeout: float = 20
     max_message: int = 65536
     max_write_buffer: int = 1048576
+    linger: float = 2
 
 
 class Plan:
@@ -2558,7 +2576,6 @@ class Plan:
 
 # ---------------------------------------------------------------------------
 # 16. A connection
-#
 # Connection has the socket; Messages its framing, Opening the things that are
 # needed until it is open.  All the ways to end, on one page:
 #
@@ -2572,14 +2589,14 @@ class Plan:
 #   no address left            Opening: proceed       its errno   at once
 #   a deadline                 fire                   DEADLINES   at once
 #     behind an unread FIN     fire: probe            eof         read rest
-#     and with a queue         fire: probe            eof         at once
 #   tcp_close_connection       the program            closed      send rest
 #   drain                      the program            shutdown    send rest
 #   close                      the program            shutdown    at once
 #   a fault of ours            the reactor: fault     error       at once
 #
-# "Send rest": our queue, then the protocol's farewell.  "Read rest": the
-# socket is dead, but bytes that came before are delivered first.
+# "Send rest": our queue, the protocol's farewell and FIN, then linger until
+# the peer's FIN has come, and its kernel has acknowledged all.  "Read rest":
+# the socket is dead, but bytes that came before are delivered first.
 #
 # Connection.end is the one door.  Code that moves bytes or registers
 # descriptors ends nothing: fail() records that the socket is dead, and the
@@ -2593,30 +2610,42 @@ _AT_ONCE, _SEND_REST, _READ_REST = "at once", "send rest", "read rest"
 _REST_READS = 16  #: recv() calls on a dead socket in one turn
 _SHARE = 8  #: messages of one connection in one turn: others may wait
 _EMPTYING = 128  #: recv() calls that empty a socket: Linux holds 6 MB
+_FIRST_LOOK = 0.02  #: seconds until Lingering looks at the kernel's queue
+#: accept() and socket() errors that say "not now": no descriptor is left.
+_FULL = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _AGAIN = (BlockingIOError, InterruptedError)
 #: send() errors that say "not now": the bytes are queued.
 _NOT_NOW = (errno.EAGAIN, errno.EWOULDBLOCK, errno.EINTR, errno.ENOBUFS,
             errno.ENOMEM)
 _UNDER_WAY = (0, errno.EINPROGRESS, errno.EWOULDBLOCK)  #: of connect()
-#: connect() had succeeded before; an RST that answers it is ECONNREFUSED.
-_ENDED_SINCE = (errno.EPIPE, errno.ECONNRESET)
-_LINGER_RESET = struct.pack("ii", 1, 0)
+_ENDED_SINCE = (errno.EPIPE, errno.ECONNRESET)  #: connect() had succeeded
 _FAILED = object()  #: What Messages.ask returns where a framing has raised
 
 
-def _socket_for(addresses):
+def _make_room(table):
+    """End the oldest lingering connection; return whether there was one."""
+    conn = next(iter(table.lingering), None)
+    if conn is not None:
+        conn.end(conn.cause)
+    return conn is not None
+
+
+def _socket_for(addresses, table):
     """Return (socket, its address, the addresses left); or raise OSError."""
-    failure = OSError(errno.EADDRNOTAVAIL, "no address is left")
-    for count, (family, address) in enumerate(addresses, 1):
-        try:
-            sock = socket.socket(family, socket.SOCK_STREAM)
-        except OSError as error:
-            failure = error
-            continue
-        sock.setblocking(False)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return sock, address, addresses[count:]
-    raise failure
+    if not addresses:
+        raise OSError(errno.EADDRNOTAVAIL, "no address is left")
+    (family, address), *others = addresses
+    try:
+        sock = socket.socket(family, socket.SOCK_STREAM)
+    except OSError as error:
+        if error.errno in _FULL and _make_room(table):
+            return _socket_for(addresses, table)
+        if others:
+            return _socket_for(others, table)
+        raise
+    sock.setblocking(False)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return sock, address, others
 
 
 class Opening:
@@ -2636,8 +2665,8 @@ class Opening:
     def set_deadline(self, timeout):
         """Fire after timeout seconds, unless this step is done by then."""
         reactor = self.conn.plan.reactor
-        self.deadline = reactor.clock() + timeout
-        reactor.arm(self.conn, self.deadline)
+        self.deadline = reactor.clock() + timeout - reactor.lag
+        reactor.arm(self.conn, self.deadline + reactor.lag)
 
     def proceed(self, number):
         """Wait for connect(), or try the next address after its errno."""
@@ -2645,7 +2674,8 @@ class Opening:
         table = conn.plan.table
         while number not in _UNDER_WAY:
             try:
-                sock, address, self.addresses = _socket_for(self.addresses)
+                sock, address, self.addresses = _socket_for(
+                    self.addresses, table)
             except OSError as error:
                 _system_error(error)
                 conn.fail(Cause.of_errno(number, connecting=True))
@@ -2685,8 +2715,7 @@ class Opening:
                 if sock.getpeername() == sock.getsockname():
                     # Nothing listens, and the kernel took that very port as
                     # ours: TCP connects a socket with itself (RFC 9293, 3.5).
-                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
-                                    _LINGER_RESET)
+                    _reset(sock)
                     number = errno.ECONNREFUSED
             except OSError as error:
                 _system_error(error)
@@ -2821,9 +2850,11 @@ class Messages:
         if not partial or conn.phase is not _OPEN:
             self.deadline = NEVER
             return
+        reactor = conn.plan.reactor
         if anew or self.deadline == NEVER:
-            self.deadline = conn.renewed + conn.plan.settings.message_timeout
-        conn.plan.reactor.arm(conn, self.deadline)
+            self.deadline = (conn.renewed - reactor.lag
+                             + conn.plan.settings.message_timeout)
+        reactor.arm(conn, self.deadline + reactor.lag)
 
     def postpone(self):
         """Leave the rest of the messages to the next turn."""
@@ -2844,21 +2875,76 @@ class Messages:
             return b""
 
 
+class Lingering:
+    """The wait after our FIN: for the kernel's queue, and the peer's FIN.
+
+    After close(2) any byte of the peer's would be answered with RST, and the
+    bytes in that queue would be thrown away.
+    """
+
+    __slots__ = ("conn", "fin", "since", "left", "deadline")
+
+    def __init__(self, conn, fin):
+        reactor = conn.plan.reactor
+        self.conn = conn
+        self.fin = fin          #: the peer's has come
+        self.since = reactor.clock()
+        self.left = None        # bytes in the kernel's queue, at the last look
+        self.deadline = NEVER   #: once that queue is empty
+        conn.send_deadline = self.since + conn.plan.settings.send_timeout
+        reactor.arm(conn, self.since + _FIRST_LOOK)
+
+    def ready(self):
+        """Throw away what the peer sends, until its FIN."""
+        conn = self.conn
+        try:
+            data = conn.sock.recv(_RECV_SIZE, _DONTWAIT)
+        except OSError as error:
+            if isinstance(_system_error(error), _AGAIN):
+                return False
+            conn.fail(Cause.of_errno(error.errno))
+            return True
+        if not data:
+            self.fin = True
+            conn.watch()
+            if self.look(conn.plan.reactor.clock()):
+                conn.end(conn.cause)
+        return True
+
+    def look(self, now):
+        """Return whether the wait is over; if not, look again soon.
+
+        Nothing tells when the kernel's queue has become empty.
+        """
+        conn, settings, left = self.conn, self.conn.plan.settings, self.left
+        self.left = conn.unacknowledged()
+        if self.left:
+            if left is None or self.left < left:
+                conn.send_deadline = now + settings.send_timeout
+            conn.plan.reactor.arm(conn, now + min(
+                1, max(_FIRST_LOOK, now - self.since)))
+        else:
+            conn.send_deadline = NEVER
+            self.deadline = min(self.deadline, now + settings.linger)
+        return not self.left and (self.fin or not settings.linger)
+
+
 class Connection:
     """A connection, from its socket to its one event."""
 
     __slots__ = (
         "plan", "conid", "proto", "sock", "events", "peer", "local", "phase",
-        "opening", "messages", "queue", "failed", "seen", "icmp", "cause",
-        "opened", "wants_event", "bytes_in", "bytes_out", "since", "renewed",
-        "lifetime", "send_deadline", "keepalive", "keepalive_deadline",
-        "suspected", "fires_at")
+        "opening", "messages", "lingering", "queue", "failed", "seen", "icmp",
+        "cause", "opened", "wants_event", "bytes_in", "bytes_out", "since",
+        "renewed", "lifetime", "send_deadline", "keepalive",
+        "keepalive_deadline", "suspected", "fires_at")
 
     def __init__(self, plan, framing, sock, peer, local=("", 0)):
         self.plan, self.sock, self.peer, self.local = plan, sock, peer, local
         self.events = 0             # selected: see Reactor.watch
         self.phase = _NEW
         self.opening = None         # an Opening, until it is open
+        self.lingering = None       # a Lingering, once its rest is sent
         raw = framing is None
         self.messages = None if raw else Messages(self, framing)
         self.proto = "tcp" if raw else framing.proto
@@ -2950,12 +3036,14 @@ class Connection:
         if self.queue is not None and mask & _WRITE:
             done = self.flush()
             if self.queue is None and self.phase is _SENDING_REST:
-                self.end(self.cause)
+                self.end(self.cause, _SEND_REST)
         # Asked again: a handler may have changed it since the batch was made.
         if self.failed or not (mask & _READ and self.events & _READ):
             return done or self.failed
+        if self.lingering is not None:
+            return self.lingering.ready()
         try:
-            data = self.sock.recv(self.plan.recv_size)
+            data = self.sock.recv(self.plan.recv_size, _DONTWAIT)
         except OSError as error:
             if isinstance(_system_error(error), _AGAIN):
                 return done
@@ -2981,6 +3069,8 @@ class Connection:
             # After the program has asked for the end it gets no message.
             self.end(self.seen, _READ_REST if self.cause is None
                      else _AT_ONCE)
+        if self.phase is _SENDING_REST and self.queue is None:
+            self.end(self.cause, _SEND_REST)
         if messages is not None and messages.waiting:
             messages.waiting = False
             self.renewed = self.plan.reactor.clock()  # we lag behind
@@ -2991,6 +3081,8 @@ class Connection:
 
     def fire(self, now):
         """Act on the earliest deadline; return whether it had come."""
+        if self.lingering is not None and self.lingering.look(now):
+            self.end(self.cause)
         times = deadlines_of(self)
         kind = min(times, key=times.get, default=None)
         fired = kind is not None and times[kind] <= now
@@ -3009,16 +3101,16 @@ class Connection:
             return
         if self.phase in (_HANDSHAKE, _OPEN):
             state, unread = self.probe()
-            if state is _EOF and self.queue is None:
+            if state is _EOF:
                 self.fail(self.seen)  # bytes before the FIN are delivered
             if unread and row.reason == "message" and self.events & _READ:
                 step = (self.messages if self.phase is _OPEN
                         else self.opening)
-                step.deadline = now + _PROBE_AGAIN
+                step.deadline = now + _PROBE_AGAIN - self.plan.reactor.lag
                 return
             if self.failed:
                 return
-        self.end(self.seen or Cause(row.reason, row.errno, detail))
+        self.end(Cause(row.reason, row.errno, detail))
 
     def fault(self, error):
         """End for an error of ours, which is about to leave the loop."""
@@ -3034,16 +3126,18 @@ class Connection:
     def watch(self):
         """Have it selected for the events that phase and queue allow."""
         phase, events = self.phase, 0
-        if phase is _CONNECTING or self.queue is not None:
+        if (phase is _CONNECTING
+                or self.queue is not None and phase is not _READING_REST):
             events = _WRITE
         if phase.reads and not not_reading(self):
             events |= _READ
         if events & _READ & ~self.events:  # until now the silence was ours
             if phase is _OPEN:
                 self.renew()
+            reactor = self.plan.reactor
             for part in (self.opening, self.messages):
                 if part is not None:
-                    self.plan.reactor.arm(self, part.deadline)
+                    reactor.arm(self, part.deadline + reactor.lag)
         if events != self.events:
             try:
                 self.plan.reactor.watch(self, events)
@@ -3083,7 +3177,7 @@ class Connection:
             if self.phase is not _READING_REST:
                 return
             try:
-                data = self.sock.recv(self.plan.recv_size)
+                data = self.sock.recv(self.plan.recv_size, _DONTWAIT)
             except OSError as error:
                 _system_error(error)
                 data = b""
@@ -3103,8 +3197,8 @@ class Connection:
 
     def is_full(self):
         """Whether it may queue, and so should read, nothing more."""
-        return (self.queue is not None and len(self.queue)
-                >= self.plan.settings.max_write_buffer)
+        return (self.queue is not None and self.phase is not _READING_REST
+                and len(self.queue) >= self.plan.settings.max_write_buffer)
 
     def encode(self, payload):
         """Return the bytes that send a payload, bytes or str."""
@@ -3138,7 +3232,7 @@ class Connection:
         sent, plan = 0, self.plan
         if self.queue is None and data:
             try:
-                sent = self.sock.send(data, _NOSIGNAL)
+                sent = self.sock.send(data, _SEND_FLAGS)
             except OSError as error:
                 if _system_error(error).errno not in _NOT_NOW:
                     self.fail(Cause.of_errno(error.errno))
@@ -3162,7 +3256,7 @@ class Connection:
         was_full, plan = self.is_full(), self.plan
         assert self.queue, "an empty queue is None"
         try:
-            sent = self.sock.send(self.queue, _NOSIGNAL)
+            sent = self.sock.send(self.queue, _SEND_FLAGS)
         except OSError as error:
             if _system_error(error).errno in _NOT_NOW:
                 return False
@@ -3204,7 +3298,6 @@ class Connection:
             return
         if manner is _READ_REST and self.phase in (_HANDSHAKE, _OPEN):
             self.enter(_READING_REST)
-            self.queue, self.send_deadline = None, NEVER
             if self.messages is not None:
                 self.messages.waiting = True  # a full queue may hold some back
             self.plan.reactor.deadlines.disarm(self)
@@ -3214,77 +3307,109 @@ class Connection:
             cause = cause._replace(errno=self.icmp,
                                    detail=os.strerror(self.icmp))
         self.cause = self.cause or cause
-        waits = manner is _SEND_REST and self._send_rest(cause)
+        try:
+            waits = (manner is _SEND_REST and not self.failed
+                     and self._send_rest(cause))
+        except BaseException:  # of a signal handler; work() goes on
+            self.plan.reactor.later(self)
+            raise
         if not waits and self.phase is not _ENDED:
             self._leave()
 
     def _send_rest(self, cause):
-        """Send the queue, then the farewell; return if that takes time."""
+        """Send queue, farewell and FIN; return whether more is to come."""
         messages, opening = self.messages, self.opening
         if (self.phase in (_CONNECTING, _HANDSHAKE) and opening is not None
-                and opening.early and not self.failed
-                and cause.state is State.NOT_FOUND):
+                and opening.early and cause.state is State.NOT_FOUND):
             return True  # open() sends them, and comes back
         if messages is not None:
             messages.speak()
-        if (self.phase in (_HANDSHAKE, _OPEN)
-                and (messages is not None or self.queue is not None)):
+        if self.phase in (_HANDSHAKE, _OPEN):
             self.enter(_SENDING_REST)
-            if messages is not None and not self.failed:
+            if messages is not None:
                 self.write(messages.farewell(self.cause.reason))
-        waits = self.queue is not None and not self.failed
+        if self.phase is _SENDING_REST and self.queue is None:
+            self._linger()
+        waits = not self.failed and (self.phase is _LINGERING
+                                     or self.phase is _SENDING_REST
+                                     and self.queue is not None)
         if waits:
             self.watch()
         return waits
 
+    def _linger(self):
+        """Send FIN; wait for the peer's, and until all is acknowledged."""
+        fin = "eof" in (self.cause.reason, self.seen and self.seen.reason)
+        if self.failed or fin and not self.unacknowledged():
+            return
+        try:
+            self.sock.shutdown(socket.SHUT_WR)
+        except OSError as error:  # an RST has come
+            self.fail(Cause.of_errno(_system_error(error).errno))
+            return
+        self.enter(_LINGERING)
+        self.lingering = Lingering(self, fin)
+        self.plan.table.lingering[self] = None
+        if ((fin or not self.plan.settings.linger)
+                and self.lingering.look(self.lingering.since)):
+            self.end(self.cause)
+
     def _leave(self):
         """Close the socket, and report the end."""
-        plan, phase, queued = self.plan, self.phase, self.queued()
-        cut_short, self.queue = self.queue is not None, None
-        assert self.cause is not None, "an end without a cause"
+        plan, cause, messages = self.plan, self.cause, self.messages
+        assert cause is not None, "an end without a cause"
+        if (messages is not None and self.phase in (_HANDSHAKE, _OPEN)
+                and cause.errno is None and not self.failed):
+            self.write(messages.farewell(cause.reason))
+        queued, left = self.queued(), self.unacknowledged()
+        unsent = None if left is None else queued + left
+        if self.lingering is None:
+            left = 0  # the kernel goes on trying
+        cut_short = self.queue is not None or left
+        held = (messages is not None and self.opened
+                and cause.reason in ("eof", "shutdown")
+                and messages.framing.pending)
+        for count, fate in ((cause.reason != "send" and queued + (left or 0),
+                             "unsent"), (held, "not delivered")):
+            if count:
+                cause = cause._replace(
+                    detail=f"{cause.detail}, {count} bytes {fate}")
+        self.queue = None
         self.enter(_ENDED)
         plan.reactor.deadlines.disarm(self)
         self.watch()
         try:
-            self._close(cut_short, phase)
+            self._close(cut_short)
         finally:  # a signal handler may raise there
-            cause = self.cause
-            if queued and cause.reason != "send":
-                cause = cause._replace(
-                    detail=f"{cause.detail}, {queued} bytes unsent")
             log.debug("conid %d has ended, %s: %s", self.conid, *cause[::2])
             plan.table.count_end(self)
             mode = plan.handlers.closed_event
             if mode == 1 or mode == 2 and self.wants_event:
-                self.queue_event(REASONS[cause.reason], cause, queued)
+                self.queue_event(REASONS[cause.reason], cause, queued, unsent)
             else:
                 plan.table.remove(self)
-            self.opening = self.messages = None
+            self.opening = self.messages = self.lingering = None
             for listener in plan.table.crowded:
                 plan.reactor.resume(listener)
             plan.table.crowded.clear()
 
-    def _close(self, cut_short, phase):
+    def _close(self, cut_short):
         """Close the socket: with FIN if the stream is complete, with RST if
-        it was cut short.
+        it was cut short: a FIN would leave an orphan that the kernel serves.
         """
         sock = self.sock
         try:
             if cut_short:
-                # A FIN would say that the stream is complete, and leave an
-                # orphan that the kernel goes on serving.
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
-                                _LINGER_RESET)
-            elif self.cause.errno is None:
-                if self.messages is not None and phase is not _SENDING_REST:
-                    farewell = self.messages.farewell(self.cause.reason)
-                    self.bytes_out += farewell and sock.send(
-                        farewell, _NOSIGNAL) or 0
-                # Unread bytes would turn the FIN into an RST, which destroys
+                _reset(sock)
+            elif self.lingering is None and not self.failed:
+                # A duplicate of the descriptor would keep the FIN back.
+                sock.shutdown(socket.SHUT_WR)
+                # Unread bytes would turn close() into an RST, which destroys
                 # those of ours that the peer has not read yet.  Ends with
                 # EAGAIN or FIN, or with a peer that sends faster than we read.
-                if self.bytes_out:
-                    any(not sock.recv(_RECV_SIZE) for _ in range(_EMPTYING))
+                if self.bytes_out and self.cause.reason != "eof":
+                    any(not sock.recv(_RECV_SIZE, _DONTWAIT)
+                        for _ in range(_EMPTYING))
         except OSError as error:  # so the peer knows already, or never will
             _system_error(error)
         finally:
@@ -3323,25 +3448,31 @@ class Connection:
         early = self.opening.early_bytes if self.opening is not None else 0
         return len(self.queue or ()) + early
 
-    def queue_event(self, name, cause, queued):
+    def unacknowledged(self):
+        """Return how many bytes in the kernel the peer's has not acknowledged.
+
+        Our FIN does not count.  None where the platform cannot say.
+        """
+        left = _in_kernel(self.sock, _TIOCOUTQ)
+        return left and max(0, left - (self.phase is _LINGERING))
+
+    def queue_event(self, name, cause, queued, unsent=None):
         """Queue an event; it is reported when no handler runs."""
         plan = self.plan
         plan.handlers.events.append((self, Event(
             self.conid, name, *cause, self.proto, *self.peer, *self.local,
             plan.reactor.clock() - self.since, self.bytes_in, self.bytes_out,
-            queued, plan.origin, plan.listener, self.opened)))
+            queued, unsent, plan.origin, plan.listener, self.opened)))
         plan.reactor.nudge()
 
 # ---------------------------------------------------------------------------
 # 17. A listener
-#
 # It is no connection: it has a conid and an end, but no bytes, deadlines or
 # events.  With no descriptor left a peer that waits keeps it ready for ever;
 # so it rests until a connection ends, or for a short time.
 
 _ACCEPTS = 64  #: accept() calls of one listener in one turn
-#: accept() errors that say "not now": the listener rests.
-_FULL = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+
 #: accept() errors of the listener itself; all others are one peer's.
 _BROKEN = (errno.EBADF, errno.ENOTSOCK, errno.EINVAL, errno.EOPNOTSUPP)
 
@@ -3349,10 +3480,11 @@ _BROKEN = (errno.EBADF, errno.ENOTSOCK, errno.EINVAL, errno.EOPNOTSUPP)
 class Listener:
     """A listening socket, and the plan of its connections."""
 
-    __slots__ = ("plan", "conid", "proto", "sock", "events", "local", "since")
+    __slots__ = ("plan", "conid", "proto", "sock", "events", "local", "since",
+                 "backlog")
 
-    def __init__(self, plan, sock, proto):
-        self.sock = sock
+    def __init__(self, plan, sock, proto, backlog):
+        self.sock, self.backlog = sock, backlog
         self.events = 0
         self.proto = proto
         self.local = _peer_key(sock.getsockname())
@@ -3368,13 +3500,15 @@ class Listener:
             if self.sock.fileno() < 0:
                 break  # a handler has ended it
             try:
-                if table.sockets >= table.limit:
+                if table.sockets >= table.limit and not _make_room(table):
                     if done:
                         break  # whether more wait is not known yet
                     raise OSError(errno.EMFILE, "max_connections reached")
                 sock, peer = self.sock.accept()
             except OSError as error:
                 _system_error(error)
+                if error.errno in _FULL and _make_room(table):
+                    continue
                 return self._refused(error) or done
             done = True
             self._admit(sock, peer)
@@ -3426,7 +3560,7 @@ class Listener:
 
     def _give_up(self, error):
         log.error("conid %d stops listening: %s", self.conid, error.strerror)
-        self.end()
+        self.end(accept=False)
 
     def work(self):
         """Accept again, after a rest."""
@@ -3439,8 +3573,11 @@ class Listener:
 
     fault = lambda self, error: None  # it accepts the next peer all the same
 
-    def end(self):
-        """Stop listening."""
+    def end(self, accept=True):
+        """Stop listening; accept first, or the kernel resets who waits."""
+        for _ in range(0, self.backlog if accept else 0, _ACCEPTS):
+            if self in self.plan.reactor.suspended or not self.ready(_READ):
+                break
         with contextlib.suppress(OSError):
             self.plan.reactor.watch(self, 0)
         self.plan.table.listeners.pop(self.conid, None)
@@ -3449,7 +3586,6 @@ class Listener:
 
 # ---------------------------------------------------------------------------
 # 18. Questions
-#
 # Asking changes nothing: a question opens, connects and ends nothing and
 # reports no event.  A probe may consume an error; Connection.probe keeps that,
 # and the turn acts on it.
@@ -3522,7 +3658,6 @@ def snapshot_of_listener(listener):
 
 # ---------------------------------------------------------------------------
 # 19. The functions of the specification
-#
 # In the specification's order.  An argument never makes them raise: a wrong
 # value or a conid that is of no use is one log line and -1, and nothing has
 # been changed.  _script_function is the border; behind it, everything raises,
@@ -3606,11 +3741,9 @@ class SpecFunctions:
     def tcp_keepalive_enable(self, conid, idle, count, interval):
         """Turn keepalive on.  Spec: 3.3.
 
-        idle: seconds of silence before the first probe; count: unanswered
-        probes before the connection is reset; interval: seconds between two
-        probes.  A peer that is silent for idle + count * interval, though
-        asked, ends the connection with the reason "keepalive", also with data
-        in flight.  All settings are made or, with FAILURE, none.
+        See Keepalive.  A peer that is silent for idle + count * interval,
+        though asked, ends the connection with the reason "keepalive", also
+        with data in flight.  All settings are made or, with FAILURE, none.
         """
         conn = self._usable(conid)
         keepalive = Keepalive(*(
@@ -3659,9 +3792,8 @@ class SpecFunctions:
     def tcp_close_connection(self, conid):
         """Close a connection, or a listener.
 
-        Its queue is sent first, within send_timeout or its lifetime.  The
-        state is NOT_FOUND as soon as this returns.  FAILURE if an RST came
-        before, noticed or not: then that is the reason.
+        Its queue is sent first, within send_timeout.  The state is NOT_FOUND
+        at once.  FAILURE if an RST came before: that is the reason then.
         """
         conn = self._known(conid)
         if isinstance(conn, Listener):
@@ -3718,9 +3850,13 @@ class SpecFunctions:
 
 # ---------------------------------------------------------------------------
 # 20. TcpOps
-#
 # The object that a program holds: it puts the pieces above together.
 
+#: Options that would delay the bytes of an attached socket, or close().
+_PLAIN = ((socket.IPPROTO_TCP, "TCP_NODELAY", 1),
+          (socket.IPPROTO_TCP, "TCP_CORK", 0),
+          (socket.SOL_SOCKET, "SO_RCVLOWAT", 1),
+          (socket.SOL_SOCKET, "SO_LINGER", struct.pack("ii", 0, 0)))
 _RESERVE = 32  #: descriptors left for the host program, unless told otherwise
 
 
@@ -3780,6 +3916,7 @@ class TcpOps(SpecFunctions):
     max_connections      None: what the process may open, less a reserve
     max_message          bytes
     max_write_buffer     bytes queued, for each connection
+    linger               seconds for the peer's FIN after ours; 0: not at all
     clock                a function that returns seconds
 
     In a child after fork() it is closed, without any event, and the parent's
@@ -3789,7 +3926,7 @@ class TcpOps(SpecFunctions):
     def __init__(self, *, closed_event=1, event_callback=None,
                  connection_lifetime=120, connect_timeout=10, send_timeout=10,
                  message_timeout=20, max_connections=None, max_message=65536,
-                 max_write_buffer=1048576, clock=time.monotonic):
+                 max_write_buffer=1048576, linger=2, clock=time.monotonic):
         self._settings, self._table = Settings(), Table(NEVER)
         self._handlers = Handlers(self._table)
         self.closed_event = closed_event
@@ -3801,6 +3938,7 @@ class TcpOps(SpecFunctions):
         self.max_connections = max_connections
         self.max_message = max_message
         self.max_write_buffer = max_write_buffer
+        self.linger = linger
         self._reactor = Reactor(_function(clock), self._handlers)
         self._draining = False
         self._last_keepalive = None  # shared by all that enable the same
@@ -3823,6 +3961,7 @@ class TcpOps(SpecFunctions):
     message_timeout = _setting("message_timeout", 0.001, _MAX_SECONDS)
     max_message = _setting("max_message", 1, sys.maxsize, True)
     max_write_buffer = _setting("max_write_buffer", 1, sys.maxsize, True)
+    linger = _setting("linger", 0, _MAX_SECONDS)
     max_connections = property(
         lambda ops: ops._table.limit,
         lambda ops, limit: setattr(ops._table, "limit", _room(limit)),
@@ -3887,7 +4026,7 @@ class TcpOps(SpecFunctions):
         try:
             sock.setblocking(False)
             proto = "tcp" if trial is None else trial.proto
-            return Listener(plan, sock, proto).conid
+            return Listener(plan, sock, proto, backlog).conid
         except BaseException:
             sock.close()
             raise
@@ -3918,32 +4057,40 @@ class TcpOps(SpecFunctions):
         addresses = _resolve(host, port)
         layer = plan.build()
         self._check_taking()
-        sock, address, others = _socket_for(addresses)
+        sock, address, others = _socket_for(addresses, self._table)
         conn = Connection(plan, layer, sock, _peer_key(address))
         conn.connect(address, others)
         return conn.conid
 
     def attach(self, sock, *, framing="raw"):
-        """Adopt a connected TCP socket; return its conid.
+        """Adopt a connected TCP socket, which is the loop's from then on.
 
-        The socket belongs to the loop from then on: do not close it.  Raises
-        ValueError for any other kind of socket, OSError if not connected.
+        Returns its conid.  Raises ValueError for any other kind of socket, and
+        for one that is shut down for writing; OSError if not connected.
         """
         plan = self._plan("attach", framing)
         ssl = sys.modules.get("ssl")  # not loaded: then it is not one
         if (not isinstance(sock, socket.socket)
                 or ssl and isinstance(sock, ssl.SSLSocket)
                 or sock.type != socket.SOCK_STREAM
-                or sock.family not in (socket.AF_INET, socket.AF_INET6)):
+                or sock.family not in (socket.AF_INET, socket.AF_INET6)
+                or hasattr(socket, "SO_PROTOCOL") and sock.getsockopt(
+                    socket.SOL_SOCKET, socket.SO_PROTOCOL)
+                != socket.IPPROTO_TCP):  # MPTCP's has no TCP_INFO
             raise ValueError("attach takes a plain TCP socket,"
                              f" not {reprlib.repr(sock)}")
         peer = _peer_key(sock.getpeername())
         local = _peer_key(sock.getsockname())
         if self._reactor.holds(sock):
             raise ValueError(f"{sock!r} is attached already")
+        if _tcp_state(sock) in _TCP_SHUT:
+            raise ValueError(f"{sock!r} is shut down for writing")
         layer = plan.build()
         self._check_taking()
         sock.setblocking(False)
+        for level, name, value in _PLAIN:
+            with contextlib.suppress(AttributeError, OSError):  # not here
+                sock.setsockopt(level, getattr(socket, name), value)
         conn = Connection(plan, layer, sock, peer, local)
         conn.begin()
         return conn.conid
@@ -3952,7 +4099,8 @@ class TcpOps(SpecFunctions):
         self._reactor.check_running()
         if self._draining:
             raise RuntimeError("this TcpOps is being drained")
-        if room and self._table.sockets >= self._table.limit:
+        if (room and self._table.sockets >= self._table.limit
+                and not _make_room(self._table)):
             raise OSError(errno.EMFILE, "max_connections reached")
 
     def send(self, conid, payload):
@@ -3976,9 +4124,8 @@ class TcpOps(SpecFunctions):
 
         On the connection that tcp_set_otcpid names, if the flag is on; else
         on one with that peer; else on a new one of plain TCP, with the
-        framing of the current message.  Where a URI asks for TLS or names a
-        transport, only on such a connection.  address is as for
-        parse_address.  Raises TypeError for neither bytes nor str.
+        framing of the current message.  address is as for parse_address: a
+        URI may allow only some transports.  Raises TypeError as send does.
         """
         payload = _payload(payload)
         conn = self._way_to(address)
@@ -4057,7 +4204,7 @@ class TcpOps(SpecFunctions):
     next_deadline = _part("_reactor", Reactor.next_deadline)
 
     def drain(self, timeout):
-        """Stop accepting, send the queues, and end every connection.
+        """Stop accepting, deliver and send what waits, end every connection.
 
         Returns when all have ended, after timeout seconds (of real time) at
         the latest.  Their reason is "shutdown", or "reset" after an RST.
@@ -4068,25 +4215,36 @@ class TcpOps(SpecFunctions):
         self._draining = True
         try:
             cause = Cause("shutdown", None, "drained")
-            self._end_all(cause, _SEND_REST)
+            self._end_listeners(accept=True)
             while self._table.sockets and time.monotonic() < end:
-                self.step(max(0, end - time.monotonic()))
-            self._end_all(cause)
+                late = self._end_connections(cause, _SEND_REST)
+                self.step(0 if late else max(0, end - time.monotonic()))
+            self._end_connections(cause)
             while self._handlers.events:
                 self.step(0)
         finally:
             self._draining = False
 
-    def _end_all(self, cause, manner=_AT_ONCE):
+    def _end_listeners(self, accept):
         for listener in list(self._table.listeners.values()):
-            listener.end()
+            listener.end(accept)
+
+    def _end_connections(self, cause, manner=_AT_ONCE):
+        """End all; return if messages of one are to be delivered first."""
+        late = False
         for conn in self._connections():
             if conn.usable():
                 conn.probe()  # an RST that came before is the reason
-            if not conn.failed:
+            if manner is _AT_ONCE:
+                conn.end(conn.seen if conn.failed else cause)
+            elif conn.failed or conn.cause is not None:
+                pass  # the turn ends it
+            elif conn.messages is not None and (conn.messages.waiting
+                                                or conn.is_full()):
+                late = True
+            else:
                 conn.end(cause, manner)
-            elif manner is _AT_ONCE:
-                conn.end(conn.seen)
+        return late
 
     def close(self):
         """End every connection at once, report the events, free everything.
@@ -4097,7 +4255,8 @@ class TcpOps(SpecFunctions):
         if reactor.closing:
             return
         reactor.closing = True
-        self._end_all(Cause.of("shutdown"))
+        self._end_listeners(accept=False)
+        self._end_connections(Cause.of("shutdown"))
         if not reactor.turning:
             reactor.release()
 
@@ -4125,7 +4284,6 @@ class TcpOps(SpecFunctions):
 
 # ---------------------------------------------------------------------------
 # 21. The command line
-#
 # A program on the public names, like any other.  What it prints waits for no
 # reader: one that stops reading would stop the loop, and every connection.
 

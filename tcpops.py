@@ -562,10 +562,10 @@ class TcpInfo(NamedTuple):
 # scales, flags), then 32-bit fields; the 12th is tcpi_last_data_recv and the
 # 13th tcpi_last_ack_recv, in milliseconds.
 _TCP_INFO = struct.Struct("=B x B B 4x 44x I I")
-_TCP_SYN_SENT = 2
+_TCP_SYN_SENT, _TCP_CLOSE = 2, 7
 #: Where an error is final: SYN_SENT (the kernel may try again after an ICMP
 #: error, but connect() has failed), CLOSE, and a state that is not known.
-_TCP_FAILED = (_TCP_SYN_SENT, 7, None)
+_TCP_FAILED = (_TCP_SYN_SENT, _TCP_CLOSE, None)
 _TCP_SHUT = (4, 5, 6, 9, 11)  #: our FIN was sent
 #: No byte can follow: TIME_WAIT, CLOSE, CLOSE_WAIT, LAST_ACK, CLOSING.
 _TCP_ENDED = (6, 7, 8, 9, 11)
@@ -2926,6 +2926,8 @@ class Lingering:
         else:
             conn.send_deadline = NEVER
             self.deadline = min(self.deadline, now + settings.linger)
+        if self.left and self.fin:  # nothing else shows an RST now
+            return _tcp_state(conn.sock) == _TCP_CLOSE
         return not self.left and (self.fin or not settings.linger)
 
 
@@ -3575,12 +3577,13 @@ class Listener:
 
     def end(self, accept=True):
         """Stop listening; accept first, or the kernel resets who waits."""
+        if self.plan.table.listeners.pop(self.conid, None) is None:
+            return
         for _ in range(0, self.backlog if accept else 0, _ACCEPTS):
             if self in self.plan.reactor.suspended or not self.ready(_READ):
                 break
         with contextlib.suppress(OSError):
             self.plan.reactor.watch(self, 0)
-        self.plan.table.listeners.pop(self.conid, None)
         self.plan.table.crowded.pop(self, None)
         self.plan.reactor.close(self.sock)
 
@@ -3787,7 +3790,6 @@ class SpecFunctions:
         self._usable(conid).wants_event = True
         return Result.SUCCESS
 
-    # -- of the original's later releases ---------------------------------
     @_script_function("[conid]")
     def tcp_close_connection(self, conid):
         """Close a connection, or a listener.
@@ -4155,7 +4157,6 @@ class TcpOps(SpecFunctions):
                 self.connect(host, port, framing=framing or "raw"))
         return conn
 
-    # -- questions --------------------------------------------------------
     def connection(self, conid):
         """Return a ConnectionInfo of a connection or listener, or None."""
         conn = self._table.get(conid) if type(conid) is int else None
@@ -4195,7 +4196,6 @@ class TcpOps(SpecFunctions):
             "bytes_out": table.bytes_out + sum(c.bytes_out for c in live),
         }
 
-    # -- running ----------------------------------------------------------
     run = _part("_reactor", Reactor.run)
     step = _part("_reactor", Reactor.step)
     stop = _part("_reactor", Reactor.stop)
@@ -4216,10 +4216,11 @@ class TcpOps(SpecFunctions):
         try:
             cause = Cause("shutdown", None, "drained")
             self._end_listeners(accept=True)
+            conns = self._connections()
             while self._table.sockets and time.monotonic() < end:
-                late = self._end_connections(cause, _SEND_REST)
-                self.step(0 if late else max(0, end - time.monotonic()))
-            self._end_connections(cause)
+                conns = self._end_connections(conns, cause, _SEND_REST)
+                self.step(0 if conns else max(0, end - time.monotonic()))
+            self._end_connections(self._connections(), cause)
             while self._handlers.events:
                 self.step(0)
         finally:
@@ -4229,20 +4230,19 @@ class TcpOps(SpecFunctions):
         for listener in list(self._table.listeners.values()):
             listener.end(accept)
 
-    def _end_connections(self, cause, manner=_AT_ONCE):
-        """End all; return if messages of one are to be delivered first."""
-        late = False
-        for conn in self._connections():
+    @staticmethod
+    def _end_connections(conns, cause, manner=_AT_ONCE):
+        """End them; return those whose messages are to be delivered first."""
+        late = []
+        for conn in conns:
             if conn.usable():
                 conn.probe()  # an RST that came before is the reason
             if manner is _AT_ONCE:
                 conn.end(conn.seen if conn.failed else cause)
-            elif conn.failed or conn.cause is not None:
-                pass  # the turn ends it
             elif conn.messages is not None and (conn.messages.waiting
                                                 or conn.is_full()):
-                late = True
-            else:
+                late.append(conn)
+            elif not conn.failed and conn.cause is None:  # else the turn does
                 conn.end(cause, manner)
         return late
 
@@ -4256,7 +4256,7 @@ class TcpOps(SpecFunctions):
             return
         reactor.closing = True
         self._end_listeners(accept=False)
-        self._end_connections(Cause.of("shutdown"))
+        self._end_connections(self._connections(), Cause.of("shutdown"))
         if not reactor.turning:
             reactor.release()
 

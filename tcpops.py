@@ -147,8 +147,7 @@ class State(_Code):
 _OK, _EOF = State.OK, State.EOF
 
 #: The events, and whether each reports an end.  The specification knows the
-#: first (4.1); its newer releases split resets and timeouts off; "tcp:opened"
-#: is ours.
+#: first (4.1), its newer releases two more; "tcp:opened" is ours.
 _EVENTS = {"tcp:closed": True, "tcp:reset": True, "tcp:timeout": True,
            "tcp:opened": False}
 EVENT_NAMES = tuple(_EVENTS)
@@ -178,7 +177,6 @@ _REASONS = {
 #: Why a connection ended, and which event reports it.  README has this table.
 REASONS = {reason: row.event for reason, row in _REASONS.items()}
 
-# An errno means one thing while connecting and another thing afterwards.
 # ECONNREFUSED on an established connection is a stored ICMP error that the
 # kernel hands out when its own timer gives up: the peer has vanished.
 _UNREACHABLE = (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH,
@@ -211,6 +209,7 @@ class Cause(NamedTuple):
         # An "eof" looks like that of a FIN which recv() has shown.
         return (cls.of(reason) if reason == "eof"
                 else cls(reason, number, os.strerror(number)))
+
 
     @property
     def state(self):
@@ -400,8 +399,8 @@ def _peer_key(address):
 
 
 def _is_signal(error):
-    """Say whether a signal handler has raised an error: it was given the frame
-    that it interrupted, so its own frame holds the one that it returns to.
+    """Say whether a signal handler has raised an error: its frame holds the
+    one that it returns to, for that was its argument.
     """
     trace = error.__traceback__.tb_next
     while trace is not None:
@@ -412,6 +411,13 @@ def _is_signal(error):
                 return True
         trace = trace.tb_next
     return False
+
+
+def _words(error, form=str):
+    try:
+        return str(form(error))
+    except Exception:  # of the program's
+        return type(error).__name__
 
 
 def _system_error(error):
@@ -537,12 +543,16 @@ def set_keepalive(sock, keepalive):
     options = _keepalive_options() if keepalive else []
     before = [sock.getsockopt(socket.IPPROTO_TCP, option)
               for _, _, option in options]
-    for (setting, name, option), value in zip(options, keepalive or ()):
+    new = [*zip(options, keepalive or (), (32767, 127, 32767))]
+    # Linux' limits, asked first: a default over them could not be set back.
+    wrong = sys.platform.startswith("linux") and next(
+        (it for it in new if not 1 <= it[1] <= it[2]), None)
+    for (setting, name, option), value, _ in [wrong] if wrong else new:
         try:
             sock.setsockopt(socket.IPPROTO_TCP, option, value)
         except (OSError, TypeError) as error:  # TypeError: no C int
             _system_error(error)
-            for (_, _, undo), old in zip(options, before):
+            for (_, _, undo), old in () if wrong else zip(options, before):
                 sock.setsockopt(socket.IPPROTO_TCP, undo, old)
             raise OSError(
                 getattr(error, "errno", errno.EINVAL),
@@ -589,8 +599,7 @@ def is_dead(info, limit, suspected):
     """Return whether a peer that owes an answer has vanished.
 
     Silence alone proves nothing: the kernel probes a shut window at growing
-    intervals, so a living peer that owes nothing can be silent for longer than
-    the limit.  Proof is two transmissions without an answer, or one that has
+    intervals.  Proof is two transmissions without an answer, or one that has
     had an interval to be answered (suspected).
     """
     return info.silence >= limit and info.unanswered >= (1 if suspected else 2)
@@ -613,8 +622,9 @@ def is_dead(info, limit, suspected):
 # - recv() on a listener, and on a socket never connected, says ENOTCONN.
 
 _recv = socket.socket.recv  # an SSLSocket's own refuses flags
-# MSG_DONTWAIT: the socket may be a blocking one.  0 where there is none.
-_PEEK = socket.MSG_PEEK | getattr(socket, "MSG_DONTWAIT", 0)
+#: The socket, or a duplicate of it, may be a blocking one.  0: there is none.
+_DONTWAIT = getattr(socket, "MSG_DONTWAIT", 0)
+_PEEK = socket.MSG_PEEK | _DONTWAIT
 _SOL_SOCKET, _SO_ERROR = socket.SOL_SOCKET, socket.SO_ERROR
 _NO_SOCKET = (errno.EBADF, errno.ENOTSOCK, errno.ENOTCONN)  # behind a number
 _FIONREAD = getattr(termios, "FIONREAD", 0)
@@ -655,15 +665,22 @@ def _look(sock):
 
 
 def _in_kernel(sock, request):
-    """Return the bytes in a queue of a socket's, None where none can tell.
-
-    FIONREAD: not read; TIOCOUTQ: not acknowledged, our FIN included.
+    """Return the bytes not read (FIONREAD), or not acknowledged, our FIN too
+    (TIOCOUTQ); None where none can tell.
     """
     try:
-        return int.from_bytes(fcntl.ioctl(sock, request, bytes(4)),
+        return int.from_bytes(fcntl.ioctl(sock.fileno(), request, b"\0" * 4),
                               sys.byteorder)
     except (AttributeError, OSError, ValueError):  # no fcntl; not a socket
         return None
+
+
+def _listens(sock):
+    try:
+        return bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+    except OSError as error:  # closed behind our back
+        _system_error(error)
+        return False
 
 
 def _reset(sock):
@@ -683,7 +700,7 @@ def probe(sock):
     Reading an error clears it: a second probe may find less than the first.
     """
     timeout = sock.gettimeout()
-    if timeout and sock.fileno() >= 0:
+    if (timeout or timeout is None and not _DONTWAIT) and sock.fileno() >= 0:
         # With a timeout Python waits for readability, whatever the flags.
         sock.settimeout(0)
         try:
@@ -691,8 +708,7 @@ def probe(sock):
         finally:
             sock.settimeout(timeout)
     state, number, _ = _look(sock)
-    if number == errno.ENOTCONN and sock.getsockopt(
-            socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+    if number == errno.ENOTCONN and _listens(sock):
         return State.ACCEPT, None
     if state is State.OK and _tcp_state(sock) == _TCP_SYN_SENT:
         return State.CONNECT, None
@@ -901,10 +917,9 @@ def _check_printable(buffer, protocol):
 
 #: The framings by name; add yours.  "raw" has none: a message is one recv().
 FRAMINGS = {"raw": None, "line": LineFraming}
-_LAYERS = {}  #: The framings that go around another one, by name
-
-# A section that enters itself into one of these is named nowhere else, and
-# brings its own imports and public names: it can be cut out of the file.
+_LAYERS = {}  #: TLS, and what it goes around where there is no framing
+# A section that enters itself into these is named nowhere else, and brings its
+# own imports and public names: it can be cut out of the file.
 
 # ---------------------------------------------------------------------------
 # 8. SIP over a stream
@@ -1113,11 +1128,13 @@ __all__ += ["SipMessage", "SipFraming"]
 
 import binascii
 import codecs
+from collections.abc import Sequence
 
 _CONTINUED, _TEXT, _BINARY = 0x0, 0x1, 0x2
 _CLOSE, _PING, _PONG = 0x8, 0x9, 0xA
 _FINAL = _MASKED = 0x80
 _LONGEST_HEAD = 16384  #: bytes of an HTTP request or answer
+_MOST_FIELDS = 100  #: of a request
 _GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 #: In a header's value these would end it, or its line (RFC 9110, 5.5).
@@ -1153,6 +1170,22 @@ def _tokens(value):
     return [token.strip().lower() for token in (value or "").split(",")]
 
 
+class _Fields(Sequence):
+    """The (name, value) pairs of a request; its bytes take a tenth of them."""
+
+    def __init__(self, head):
+        self.head = head
+
+    def __len__(self):
+        return len(_parse_head(self.head)[1])
+
+    def __getitem__(self, index):
+        return _parse_head(self.head)[1][index]
+
+    def __iter__(self):
+        return iter(_parse_head(self.head)[1])
+
+
 class _Violation(ProtocolError):
     """What the peer did wrong, and the code for our close frame."""
 
@@ -1186,7 +1219,7 @@ class WebSocketFraming(Framing):
         self._frame = None       # (final, mask) of the frame that comes in
         self._left = 0           # bytes of it that have not come
         self._kind = None        # opcode of the message that comes in
-        self._parts = []         # of that message
+        self._parts = bytearray()  # of that message
         self._tail = b""         # of its text: the beginning of a character
         self._size = 0           # of that message
         self.mute = False        # our close frame has been sent
@@ -1241,15 +1274,18 @@ class WebSocketFraming(Framing):
             self._refuse(400, "the headers are too long")
         if end < 0:
             return
-        start, fields = _parse_head(bytes(self.buffer[:end]))
+        fields = _Fields(bytes(self.buffer[:end]))
+        start, pairs = _parse_head(fields.head)
         del self.buffer[:end + 4]
         headers = {}
-        for name, value in fields:
+        for name, value in pairs:
             headers[name] = (f"{headers[name]}, {value}" if name in headers
                              else value)
         if self.client:
             self._check_answer(start, headers)
         else:
+            if len(pairs) > _MOST_FIELDS:
+                self._refuse(400, f"over {_MOST_FIELDS} header fields")
             self._answer(start, headers, fields)
         self.opened = True
 
@@ -1306,7 +1342,7 @@ class WebSocketFraming(Framing):
         subprotocol = headers.get("sec-websocket-protocol")
         for wrong, reason in (
                 (not re.match(r"HTTP/1\.1 101(?: |$)", start),
-                 _printable(start[:80])),
+                 f"the peer says {_printable(start[:80])}"),
                 (_tokens(headers.get("upgrade")) != ["websocket"],
                  "Upgrade must be websocket"),
                 ("upgrade" not in _tokens(headers.get("connection")),
@@ -1402,16 +1438,18 @@ class WebSocketFraming(Framing):
             turn = len(data) % 4
             self._frame = final, mask[turn:] + mask[:turn]
         complete = final and not self._left
-        if self._kind == _TEXT:
-            data = self._decode(data, complete)
+        text = self._kind == _TEXT and self._decode(data, complete)
         if not self._left:
             self._frame = None
-        if data:
-            self._parts.append(data)
+        if self._parts or not complete:  # not as a list: a part may be tiny
+            self._parts += data
         if not complete:
             return None if self._left else SKIPPED
-        message = data[:0].join(self._parts)
-        self._parts, self._kind, self._size = [], None, 0
+        if self._parts:
+            data, self._parts = bytes(self._parts), bytearray()
+            text = self._kind == _TEXT and data.decode()
+        message = text if self._kind == _TEXT else data
+        self._kind, self._size = None, 0
         return message
 
     def _decode(self, data, complete):
@@ -1454,20 +1492,9 @@ class WebSocketFraming(Framing):
         self.buffer.clear()
         self._queue_close(code)
 
-    @property
-    def amid(self):
-        """Whether a message has begun and its last frame has not."""
-        return self._kind is not None
-
-    @property
-    def partial(self):
-        """Whether a message or a frame has begun and is not complete."""
-        return self.amid or bool(self.buffer)
-
-    @property
-    def pending(self):
-        """How many bytes were received and are in no message returned."""
-        return len(self.buffer) + sum(map(len, self._parts))
+    amid = property(lambda self: self._kind is not None)
+    partial = property(lambda self: self.amid or bool(self.buffer))
+    pending = property(lambda self: len(self.buffer) + len(self._parts))
 
     def finish(self):
         """Note what the FIN has cut short."""
@@ -1575,7 +1602,9 @@ class TlsFraming(Framing):
             server_hostname=server_hostname)
         self._host = ""
         self._shaken = False  # the handshake is done
-        self._failure = None  # raised once what came before is delivered
+        # Words for the ProtocolError that follows what came before it; the
+        # error itself would hold frames, and they this.
+        self._failure = ""
         self._head = b""      # of the record that comes in: up to 5 bytes,
         self._left = 0        # and how many bytes of it are missing
 
@@ -1586,7 +1615,7 @@ class TlsFraming(Framing):
     message = property(lambda self: self.inner.message)
     opened = property(lambda self: self._shaken and self.inner.opened)
     amid = property(lambda self: self.inner.amid)
-    mute = property(lambda self: self._failure or self.inner.mute)
+    mute = property(lambda self: bool(self._failure) or self.inner.mute)
     partial = property(lambda self: bool(
         self.inner.partial or self._left or self._head))
     pending = property(lambda self: self.inner.pending)
@@ -1598,9 +1627,11 @@ class TlsFraming(Framing):
 
     def receive(self, data):
         """Decrypt bytes from the peer."""
-        self._incoming.write(data)
         self._count_records(data)
-        self._advance()
+        # A BIO keeps the room that it once needed: a record's, not a recv()'s.
+        for at in range(0, len(data), _LONGEST_RECORD):
+            self._incoming.write(data[at:at + _LONGEST_RECORD])
+            self._advance()
 
     def _advance(self):
         """Continue the handshake, then decrypt what there is."""
@@ -1625,17 +1656,19 @@ class TlsFraming(Framing):
         self._collect()
 
     def _explain(self, failure):
-        """Return the ProtocolError for an error of the ssl module."""
+        """Return words for an error of the ssl module."""
         reason = getattr(failure, "verify_message", None) or (
-            failure.reason or str(failure)).lower().replace("_", " ")
-        reason = re.sub(r"^(?:sslv3|tlsv1\d?) alert ", "the peer says ",
-                        reason)
+            failure.reason or re.sub(r"^\[\w+\] | \(_ssl.*\)$", "",
+                                     str(failure))).lower().replace("_", " ")
+        # Alerts 110 to 114 are "tlsv1 unrecognized name", say.
+        reason = re.sub(r"^(?:sslv3|tlsv1\d?) (?:alert )?", "the peer says ",
+                        reason).replace("unknown error", "one without a name")
         if reason in ("wrong version number", "http request"):
             reason += " (plain text on a TLS port?)"
         elif reason == "no shared cipher":
             reason += " (has the listener's context a certificate?)"
         start = "TLS" if self._shaken else "TLS handshake failed"
-        return ProtocolError(f"{start}: {reason}")
+        return f"{start}: {reason}"
 
     def _count_records(self, data):
         """Keep track of whether a record is incomplete (RFC 8446, 5.1)."""
@@ -1663,7 +1696,7 @@ class TlsFraming(Framing):
         if inner.closed:
             self.closed = inner.closed
         if payload is None and self._failure:
-            raise self._failure
+            raise ProtocolError(self._failure)
         return payload
 
     def finish(self):
@@ -1676,8 +1709,10 @@ class TlsFraming(Framing):
 
     def _seal(self, data):
         """Encrypt, unless OpenSSL has given up."""
-        if data and not self._failure:
-            self.tls.write(data)
+        for at in range(0, 0 if self._failure else len(data),
+                        _LONGEST_RECORD):
+            self.tls.write(data[at:at + _LONGEST_RECORD])
+            self.output += self._outgoing.read()  # as in receive()
 
     def _collect(self):
         """Move the bytes to send to output."""
@@ -1832,7 +1867,7 @@ DEADLINES = types.MappingProxyType({
     "send": Deadline(
         (_HANDSHAKE, _OPEN, _SENDING_REST, _LINGERING),
         lambda conn: conn.send_deadline, "send", None, lambda conn, now:
-        f"{conn.queued()} bytes unsent after"
+        f"{conn.queued() + (conn.unacknowledged() or 0)} bytes unsent after"
         f" {conn.plan.settings.send_timeout:.9g} s"),
     "linger": Deadline(
         (_LINGERING,), lambda conn: conn.lingering.deadline, "closed", None,
@@ -1841,7 +1876,8 @@ DEADLINES = types.MappingProxyType({
         (_CONNECTING, _HANDSHAKE, _OPEN), lambda conn: conn.keepalive_deadline,
         "keepalive", errno.ETIMEDOUT, _vanished),
     "lifetime": Deadline(
-        (_CONNECTING, _OPEN), lambda conn: conn.renewed + conn.lifetime,
+        (_CONNECTING, _OPEN),
+        lambda conn: max(conn.renewed, conn.active) + conn.lifetime,
         "lifetime", None, lambda conn, now: f"idle for {conn.lifetime:.9g} s"),
 })
 
@@ -1869,7 +1905,7 @@ class Table:
         self.crowded = {}        #: listeners suspended for want of room
         self.sockets = 0         #: connections that have a socket
         self.lingering = {}      #: connections, the oldest one first
-        self.begun = 0           #: connections that got a conid
+        self.begun = self.opened = 0  #: connections: got a conid; usable
         self.refused = 0         #: accepts for which there was no room
         self.ended = dict.fromkeys(REASONS, 0)
         self.bytes_in = self.bytes_out = 0  #: of ended connections
@@ -1915,12 +1951,18 @@ class Table:
         if held is conn or held == {}:
             del self._by_peer[conn.peer]
 
+    def _of_peer(self, peer):
+        held = self._by_peer.get(peer, {})
+        return (reversed(held.values()) if isinstance(held, dict)
+                else [held])
+
+    def holds(self, peer, local):
+        """Say whether there is a connection of these two addresses."""
+        return any(conn.local == local for conn in self._of_peer(peer))
+
     def find_peer(self, peer, protos):
         """Return the youngest connection with a peer, of protos if given."""
-        held = self._by_peer.get(peer, {})
-        if not isinstance(held, dict):
-            held = {held.conid: held}
-        return next((conn for conn in reversed(held.values())
+        return next((conn for conn in self._of_peer(peer)
                      if not conn.failed and conn.cause is None
                      and (protos is None or conn.proto in protos)), None)
 
@@ -1966,9 +2008,9 @@ class Handlers:
         return handler
 
     def onreply_route(self, handler):
-        """Decorator: call handler(msg) for each message that is an answer.
+        """Decorator: call handler(msg) for answers: see Message.is_reply.
 
-        See Message.is_reply.  Without it request_route's gets them too.
+        Without it request_route's gets them too.
         """
         self._onreply = _function(handler)
         return handler
@@ -2062,10 +2104,8 @@ class Handlers:
 # a number, which may be used again within one batch.
 
 _READ, _WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
-#: Of recv(): a duplicate of the descriptor may have been made blocking, which
-#: both share.  Of send() also no SIGPIPE, even where a host program has undone
-#: Python's choice to ignore it.  PyPy has no name for Linux' flag.
-_DONTWAIT = getattr(socket, "MSG_DONTWAIT", 0)
+#: No SIGPIPE, even where a host program has undone Python's choice to ignore
+#: it.  PyPy has no name for Linux' flag.
 _SEND_FLAGS = _DONTWAIT | getattr(
     socket, "MSG_NOSIGNAL", 0x4000 if sys.platform.startswith("linux") else 0)
 _BATCH = 64  #: deadlines that may fire in one turn
@@ -2074,6 +2114,9 @@ _SPIN = 100  #: turns in which a descriptor was ready, and nothing came of it
 _SUSPENSION = 0.1  #: seconds
 _BUSY = 0.1  #: seconds of not looking that no peer is blamed for
 
+
+
+_BORDERS = set()  #: code that calls the program's, or waits: see section 20
 
 
 class _Attended:
@@ -2105,6 +2148,9 @@ class Reactor:
         self.suspended = {}       #: owners that are not selected for a while
         self.lag = 0.0            #: seconds in which the loop did not look
         self._until = NEVER       # when the wait was to end
+        self._looked = 0.0        # when the loop looked last
+        self._held_until = NEVER  # how long a Ctrl-C may wait
+        self._host_wakeup, self._woken_up = -1, 0   # see _drain_waker
         self.turning = self.stopping = self.closing = False
         self._handlers = handlers
         self._work = collections.OrderedDict()  # of owners, see later
@@ -2149,9 +2195,7 @@ class Reactor:
         if number in self._selector.get_map():
             # The number belonged to a socket that was closed behind our back;
             # the kernel has forgotten that one, the selector has not.
-            stale = self._selector.get_key(number).data
-            self._selector.unregister(number)
-            self._lose(stale, number)
+            self._lose(self._selector.unregister(number).data, number)
         self._selector.register(owner.sock, owner.events, owner)
 
     def _lose(self, owner, number):
@@ -2208,6 +2252,10 @@ class Reactor:
         events and mask are those of the selectors module.
         """
         _function(ready)
+        number = sock if isinstance(sock, int) else sock.fileno()
+        key = self._selector.get_map().get(number)
+        if key is not None and key.data.sock is not sock:  # see _register
+            self._lose(self._selector.unregister(number).data, number)
         self._selector.register(sock, events, _Attended(
             sock, lambda mask: self._handlers.call(ready, mask)))
 
@@ -2218,6 +2266,7 @@ class Reactor:
             os.fstat(sock.fileno())
         except (OSError, AttributeError):  # closed already, or a number
             self._empty_waits = 1
+
 
     def holds(self, sock):
         """Say whether a socket is registered, by its owner."""
@@ -2257,8 +2306,19 @@ class Reactor:
             self._interrupt()
 
     def _drain_waker(self, _mask):
-        with contextlib.suppress(BlockingIOError):
-            self._woken.recv(4096)
+        self._woken_up += 1
+        self._pass_on()
+
+    def _pass_on(self):
+        """Empty the waker, and tell the host of the signals in it."""
+        with contextlib.suppress(OSError):  # empty, or closed
+            signals = self._woken.recv(4096).replace(b"\0", b"")
+            if signals and self._host_wakeup >= 0:
+                try:
+                    os.write(self._host_wakeup, signals)
+                except OSError as error:
+                    self.complain("the host's wake-up descriptor takes no"
+                                  f" signal: {error.strerror}")
 
     def fileno(self):
         """Return a descriptor that is readable when step(0) has work to do.
@@ -2299,25 +2359,58 @@ class Reactor:
         Raises RuntimeError inside a handler and after close().
         """
         self.check_outside()
-        # A signal that arrives just before epoll_wait would go unnoticed
-        # until the next event, so signals also write to the waker.
-        wakeup = None
-        with contextlib.suppress(ValueError):  # not in the main thread
-            wakeup = signal.set_wakeup_fd(self._waker.fileno(),
-                                          warn_on_full_buffer=False)
-        self.turning = True
+        with self.signals():
+            self.turning = True
+            try:
+                while not self.stopping and not self.closing:
+                    self._turn(self._patience(NEVER))
+            finally:
+                self.turning = self.stopping = False
+                if self.closing:  # in a handler: that waited for this
+                    self.release()
+
+    @contextlib.contextmanager
+    def signals(self):
+        """Be woken by signals; have Ctrl-C wait while our own code runs."""
+        mine, ours, host = self._on_interrupt, self._waker.fileno(), None
+        python = signal.default_int_handler
         try:
-            while not self.stopping and not self.closing:
-                self._turn(self._patience(NEVER))
+            with contextlib.suppress(ValueError):  # not in the main thread
+                if signal.getsignal(signal.SIGINT) is python:
+                    signal.signal(signal.SIGINT, mine)
+                # A signal just before epoll_wait would go unnoticed there.
+                host = signal.set_wakeup_fd(ours, warn_on_full_buffer=False)
+                self._host_wakeup = host
+            yield
         finally:
-            self.turning = self.stopping = False
-            if wakeup is not None:
-                try:
-                    signal.set_wakeup_fd(wakeup)
-                except (OSError, ValueError):  # the host has closed it
-                    signal.set_wakeup_fd(-1)
-            if self.closing:  # in a handler: that waited for this
-                self.release()
+            if host is not None:
+                now = signal.set_wakeup_fd(-1)
+                with contextlib.suppress(OSError, ValueError):  # it is closed
+                    # -1: release() has taken ours away.
+                    signal.set_wakeup_fd(host if now in (ours, -1) else now)
+            self._pass_on()
+            self._host_wakeup = -1
+            if signal.getsignal(signal.SIGINT) is mine:
+                signal.signal(signal.SIGINT, python)
+        self._settle()
+
+    def _on_interrupt(self, number, frame):
+        """Raise KeyboardInterrupt where the program's code runs, or we wait.
+
+        Else once the owner's turn is over.  One that has waited for a second
+        is behind a handler: then the next is raised at once.
+        """
+        caller, now = frame, time.monotonic()
+        while caller is not None and caller.f_globals is not globals():
+            caller = caller.f_back
+        if (caller is not frame and (caller is None or caller.f_code in
+                                     _BORDERS) or now > self._held_until):
+            self._held_until = NEVER
+            signal.default_int_handler(number, frame)
+        if self._handlers.leaving is None:
+            self._handlers.leaving = KeyboardInterrupt()
+            self._held_until = now + 1
+        self._interrupt()
 
     def step(self, timeout=None):
         """Wait for something, timeout seconds at the most, and handle it.
@@ -2331,11 +2424,12 @@ class Reactor:
         self.turning = True
         try:
             while True:
-                wait = self._patience(left)
+                wait, start = self._patience(left), time.monotonic()
                 handled = self._turn(wait)
-                # A deadline that was put off may have cut the wait short.
-                left -= wait or 0
-                if handled or self.stopping or left <= 0:
+                # A deadline put off, or a wake-up for run(), may have cut it.
+                left -= (min(wait or 0, time.monotonic() - start)
+                         if self._woken_up else wait or 0)
+                if handled or left <= 0:
                     return handled
         finally:
             self.turning = False
@@ -2344,7 +2438,8 @@ class Reactor:
 
     def _due(self):
         """Return when a turn has something to do: a time, or NEVER."""
-        if self._handlers.events or self._work or self._calls:
+        if (self._handlers.events or self._work or self._calls
+                or self._handlers.leaving is not None):
             return -NEVER
         return min(self.deadlines.next(), self._resume_at)
 
@@ -2357,19 +2452,21 @@ class Reactor:
 
     def _turn(self, wait):
         """Wait, then handle what there is; return how many things that was."""
+        self._woken_up = 0
         # Selectors round the time up: never early, never spinning.
         ready = self._select(wait)
         # Deadlines that come while handlers run are for the next turn: bytes
         # that peers have sent in the meantime are read before.
-        now, self._owner = self.clock(), None
+        self._looked = now = self.clock()
+        self._owner = None
         try:
             handled = self._serve_ready(ready)
             fires = self.deadlines.next() <= now
             if fires:
                 # A process that was stopped, or interrupted by a signal, wakes
                 # up with an old answer; bytes that have come by now count.
-                late = now - self._until
-                self.lag += late if late > _BUSY else 0
+                self._looked = min(now, self._until)
+                self.excuse()
                 handled += self._serve_ready(self._select(0))
             for _ in range(len(self._work)):
                 if self._work:  # pragma: no branch (in a child, after fork())
@@ -2396,15 +2493,27 @@ class Reactor:
                 for owner in list(self.suspended):
                     self.resume(owner)
         except BaseException as error:
-            owner, self._owner = self._owner, None
-            if owner is not None:
-                if isinstance(error, Exception) and not _is_signal(error):
-                    owner.fault(error)
-                self.later(owner)  # a signal may have cut its turn short
+            self._interrupted(error)
             raise
-        busy = self.clock() - now
-        self.lag += busy if busy > _BUSY else 0
-        return handled
+        self.excuse()
+        return handled - self._woken_up
+
+    def _interrupted(self, error):
+        """Leave the turn for an error: of ours, or of a signal handler."""
+        owner, self._owner = self._owner, None
+        if owner is not None:
+            if isinstance(error, Exception) and not _is_signal(error):
+                owner.fault(error)
+            self.later(owner)  # its turn may have been cut short
+        self.excuse()
+
+    def excuse(self):
+        """Note time in which the loop did not look; return the time now."""
+        now = self.clock()
+        if self.turning and now - self._looked > _BUSY:
+            self.lag += now - self._looked
+            self._looked = now
+        return now
 
     def _settle(self):
         """Report an owner's events, and raise what is to leave the loop."""
@@ -2413,7 +2522,10 @@ class Reactor:
         if handlers.leaving is not None:
             error, handlers.leaving = handlers.leaving, None
             self._owner = None
-            raise error
+            try:
+                raise error
+            finally:
+                del error  # it holds this frame
         return count
 
     def _serve_ready(self, ready):
@@ -2473,8 +2585,15 @@ class Reactor:
             self._handlers.report()
         self.turning = False
         self.suspended.clear()
+        self._owner = None
+        self._in_vain.clear()
         self._work.clear()
         self.deadlines = Deadlines()
+        with contextlib.suppress(ValueError):  # not in the main thread
+            wakeup = signal.set_wakeup_fd(-1)
+            if wakeup not in (-1, self._waker.fileno()):
+                signal.set_wakeup_fd(wakeup)  # the host program's
+        self._pass_on()
         for held in (self._outer, self._selector, self._waker, self._woken):
             if held is not None:
                 held.close()
@@ -2483,10 +2602,10 @@ class Reactor:
     def abandon(self):
         """Give up this process's copies, in a child after fork()."""
         self.closing = True
-        with contextlib.suppress(ValueError):  # not in the main thread
-            wakeup = signal.set_wakeup_fd(-1)
-            if wakeup not in (-1, self._waker.fileno()):
-                signal.set_wakeup_fd(wakeup)  # the host program's
+        for key in (self._selector.get_map() or {}).values():  # {}: closed
+            if isinstance(key.data, _Attended):
+                key.data.call = None  # the batch in hand may hold it
+        self._woken.close()  # what is in it is the parent's
         self._handlers.events.clear()
         self._calls.clear()
         self.release()
@@ -2665,7 +2784,7 @@ class Opening:
     def set_deadline(self, timeout):
         """Fire after timeout seconds, unless this step is done by then."""
         reactor = self.conn.plan.reactor
-        self.deadline = reactor.clock() + timeout - reactor.lag
+        self.deadline = reactor.excuse() + timeout - reactor.lag
         reactor.arm(self.conn, self.deadline + reactor.lag)
 
     def proceed(self, number):
@@ -2762,14 +2881,14 @@ class Messages:
         """End the connection: its framing cannot go on."""
         conn, handlers = self.conn, self.conn.plan.handlers
         if isinstance(error, ProtocolError):
-            detail = str(error)
+            detail = _words(error)
         elif isinstance(error, (SystemExit, KeyboardInterrupt)) or _is_signal(
                 error):
             handlers.leaving = error
             return self.postpone()
         else:
             handlers.raised(error, f"framing {conn.plan.name}", conn)
-            detail = f"the framing raised {error!r}"
+            detail = f"the framing raised {_words(error, repr)}"
         conn.end(Cause("protocol", None, detail), _SEND_REST)
 
     def speak(self):
@@ -2852,7 +2971,7 @@ class Messages:
             return
         reactor = conn.plan.reactor
         if anew or self.deadline == NEVER:
-            self.deadline = (conn.renewed - reactor.lag
+            self.deadline = (reactor.excuse() - reactor.lag
                              + conn.plan.settings.message_timeout)
         reactor.arm(conn, self.deadline + reactor.lag)
 
@@ -2912,10 +3031,7 @@ class Lingering:
         return True
 
     def look(self, now):
-        """Return whether the wait is over; if not, look again soon.
-
-        Nothing tells when the kernel's queue has become empty.
-        """
+        """Return whether the wait is over; if not, look again soon."""
         conn, settings, left = self.conn, self.conn.plan.settings, self.left
         self.left = conn.unacknowledged()
         if self.left:
@@ -2938,7 +3054,7 @@ class Connection:
         "plan", "conid", "proto", "sock", "events", "peer", "local", "phase",
         "opening", "messages", "lingering", "queue", "failed", "seen", "icmp",
         "cause", "opened", "wants_event", "bytes_in", "bytes_out", "since",
-        "renewed", "lifetime", "send_deadline", "keepalive",
+        "active", "renewed", "lifetime", "send_deadline", "keepalive",
         "keepalive_deadline", "suspected", "fires_at")
 
     def __init__(self, plan, framing, sock, peer, local=("", 0)):
@@ -2958,8 +3074,8 @@ class Connection:
         self.opened = False         # it has been usable
         self.wants_event = False    # tcp_enable_closed_event
         self.bytes_in = self.bytes_out = 0
-        self.since = plan.reactor.clock()
-        self.renewed = NEVER        # when its lifetime began again
+        self.since = self.active = plan.reactor.clock()  # the last byte
+        self.renewed = NEVER        # when its lifetime began anew
         self.lifetime = plan.settings.connection_lifetime
         self.send_deadline = self.keepalive_deadline = NEVER
         self.keepalive = None       # as tcp_keepalive_enable has set it
@@ -3009,6 +3125,7 @@ class Connection:
         messages, opening = self.messages, self.opening
         log.debug("conid %d is open, %s", self.conid, self.peer)
         self.opened = True
+        self.plan.table.opened += 1
         if self.cause is None:
             self.queue_event("tcp:opened", (None, None, ""), self.queued())
         if self.phase is _READING_REST:
@@ -3101,6 +3218,10 @@ class Connection:
         detail = row.detail(self, now)
         if detail is None:
             return
+        if self.phase is _CONNECTING:
+            self.opening.probe()
+            if self.opening.errno is not None:
+                return  # work() acts on it
         if self.phase in (_HANDSHAKE, _OPEN):
             state, unread = self.probe()
             if state is _EOF:
@@ -3123,7 +3244,8 @@ class Connection:
         """Begin the lifetime again."""
         reactor = self.plan.reactor
         self.renewed = reactor.clock()
-        reactor.arm(self, self.renewed + self.lifetime)
+        if self.phase in DEADLINES["lifetime"].phases:
+            reactor.arm(self, self.renewed + self.lifetime)
 
     def watch(self):
         """Have it selected for the events that phase and queue allow."""
@@ -3150,7 +3272,7 @@ class Connection:
         """Take bytes of the peer's."""
         plan = self.plan
         self.bytes_in += len(data)
-        self.renewed = plan.reactor.clock()
+        self.active = plan.reactor.clock()
         if self.messages is None:
             plan.handlers.message(self, Message(self, data))
         else:
@@ -3241,7 +3363,7 @@ class Connection:
                     return False
             else:
                 self.bytes_out += sent
-                self.renewed = plan.reactor.clock()
+                self.active = plan.reactor.clock()
         if sent < len(data):
             if self.queue is not None:
                 self.queue += data
@@ -3266,8 +3388,8 @@ class Connection:
             return True
         del self.queue[:sent]
         self.bytes_out += sent
-        self.renewed = plan.reactor.clock()
-        self.send_deadline = self.renewed + plan.settings.send_timeout
+        self.active = plan.reactor.clock()
+        self.send_deadline = self.active + plan.settings.send_timeout
         if not self.queue:
             self.queue, self.send_deadline = None, NEVER
         if was_full and not self.is_full() and self.messages is not None:
@@ -3306,8 +3428,11 @@ class Connection:
             return  # work() reads the rest, and comes back
         if cause.errno == errno.ETIMEDOUT and self.icmp is not None:
             # As the kernel would have said, had no probe asked before.
-            cause = cause._replace(errno=self.icmp,
-                                   detail=os.strerror(self.icmp))
+            (number, when), info = self.icmp, tcp_info(self.sock)
+            if (info is None or info.silence + _BUSY
+                    >= self.plan.reactor.clock() - when):
+                cause = cause._replace(errno=number,
+                                       detail=os.strerror(number))
         self.cause = self.cause or cause
         try:
             waits = (manner is _SEND_REST and not self.failed
@@ -3326,11 +3451,12 @@ class Connection:
             return True  # open() sends them, and comes back
         if messages is not None:
             messages.speak()
-        if self.phase in (_HANDSHAKE, _OPEN):
+        if (self.phase in (_HANDSHAKE, _OPEN)
+                and (messages is not None or self.queue is not None)):
             self.enter(_SENDING_REST)
             if messages is not None:
                 self.write(messages.farewell(self.cause.reason))
-        if self.phase is _SENDING_REST and self.queue is None:
+        if self.phase in (_OPEN, _SENDING_REST) and self.queue is None:
             self._linger()
         waits = not self.failed and (self.phase is _LINGERING
                                      or self.phase is _SENDING_REST
@@ -3342,8 +3468,14 @@ class Connection:
     def _linger(self):
         """Send FIN; wait for the peer's, and until all is acknowledged."""
         fin = "eof" in (self.cause.reason, self.seen and self.seen.reason)
-        if self.failed or fin and not self.unacknowledged():
+        left = self.unacknowledged() if fin else None
+        if self.failed:
             return
+        if fin and not left:
+            self._leave(left)
+            return
+        if self.phase is _OPEN:
+            self.enter(_SENDING_REST)
         try:
             self.sock.shutdown(socket.SHUT_WR)
         except OSError as error:  # an RST has come
@@ -3356,26 +3488,27 @@ class Connection:
                 and self.lingering.look(self.lingering.since)):
             self.end(self.cause)
 
-    def _leave(self):
-        """Close the socket, and report the end."""
+    def _leave(self, left=None):
+        """Close the socket, and report the end; left: see unacknowledged."""
         plan, cause, messages = self.plan, self.cause, self.messages
         assert cause is not None, "an end without a cause"
         if (messages is not None and self.phase in (_HANDSHAKE, _OPEN)
                 and cause.errno is None and not self.failed):
             self.write(messages.farewell(cause.reason))
-        queued, left = self.queued(), self.unacknowledged()
+        queued = self.queued()
+        left = self.unacknowledged() if left is None else left
         unsent = None if left is None else queued + left
-        if self.lingering is None:
-            left = 0  # the kernel goes on trying
-        cut_short = self.queue is not None or left
+        # After an end at once the kernel goes on trying to send what it has.
+        lost = queued or self.lingering is not None and left
+        cut_short = self.queue is not None or lost and not queued
         held = (messages is not None and self.opened
-                and cause.reason in ("eof", "shutdown")
+                and cause.reason not in ("closed", "protocol", "message")
                 and messages.framing.pending)
-        for count, fate in ((cause.reason != "send" and queued + (left or 0),
-                             "unsent"), (held, "not delivered")):
-            if count:
-                cause = cause._replace(
-                    detail=f"{cause.detail}, {count} bytes {fate}")
+        words = ((f", {unsent or queued} bytes unsent"
+                  if lost and cause.reason != "send" else "")
+                 + (f", {held} bytes not delivered" if held else ""))
+        if words:
+            cause = cause._replace(detail=cause.detail + words)
         self.queue = None
         self.enter(_ENDED)
         plan.reactor.deadlines.disarm(self)
@@ -3407,8 +3540,7 @@ class Connection:
                 # A duplicate of the descriptor would keep the FIN back.
                 sock.shutdown(socket.SHUT_WR)
                 # Unread bytes would turn close() into an RST, which destroys
-                # those of ours that the peer has not read yet.  Ends with
-                # EAGAIN or FIN, or with a peer that sends faster than we read.
+                # those of ours that the peer has not read.  Ends with EAGAIN.
                 if self.bytes_out and self.cause.reason != "eof":
                     any(not sock.recv(_RECV_SIZE, _DONTWAIT)
                         for _ in range(_EMPTYING))
@@ -3428,7 +3560,7 @@ class Connection:
             return self.seen_state(), False
         state, number, unread = _look(self.sock)
         if number is not None and state is _OK:
-            self.icmp = number
+            self.icmp = number, self.plan.reactor.clock()
         elif number is not None:
             self.fail(Cause.of_errno(number))
         elif state is _EOF:
@@ -3451,10 +3583,11 @@ class Connection:
         return len(self.queue or ()) + early
 
     def unacknowledged(self):
-        """Return how many bytes in the kernel the peer's has not acknowledged.
-
-        Our FIN does not count.  None where the platform cannot say.
+        """Return how many bytes in the kernel the peer's has not acknowledged,
+        our FIN aside; None where the platform cannot say.
         """
+        if self.phase is _CONNECTING:
+            return 0  # the kernel counts our SYN
         left = _in_kernel(self.sock, _TIOCOUTQ)
         return left and max(0, left - (self.phase is _LINGERING))
 
@@ -3495,23 +3628,23 @@ class Listener:
         plan.table.add(self, plan.table.listeners)
         self.plan = plan.changed(listener=self.conid)
 
-    def ready(self, _mask):
+    def ready(self, mask, most=_ACCEPTS):
         """Accept the peers that wait, a turn's share at the most."""
         table, done = self.plan.table, False
-        for _ in range(_ACCEPTS):
+        for _ in range(most):
             if self.sock.fileno() < 0:
                 break  # a handler has ended it
+            waits = mask and not done  # else it is not known whether one does
             try:
-                if table.sockets >= table.limit and not _make_room(table):
-                    if done:
-                        break  # whether more wait is not known yet
+                if table.sockets >= table.limit and not (
+                        waits and _make_room(table)):
                     raise OSError(errno.EMFILE, "max_connections reached")
                 sock, peer = self.sock.accept()
             except OSError as error:
                 _system_error(error)
-                if error.errno in _FULL and _make_room(table):
+                if error.errno in _FULL and waits and _make_room(table):
                     continue
-                return self._refused(error) or done
+                return done or self._refused(error)
             done = True
             self._admit(sock, peer)
         return done
@@ -3579,9 +3712,11 @@ class Listener:
         """Stop listening; accept first, or the kernel resets who waits."""
         if self.plan.table.listeners.pop(self.conid, None) is None:
             return
-        for _ in range(0, self.backlog if accept else 0, _ACCEPTS):
-            if self in self.plan.reactor.suspended or not self.ready(_READ):
-                break
+        left, table = self.backlog if accept else 0, self.plan.table
+        while left > 0:
+            begun = table.begun
+            self.ready(0, min(left, _ACCEPTS))
+            left = left - (table.begun - begun) if table.begun > begun else 0
         with contextlib.suppress(OSError):
             self.plan.reactor.watch(self, 0)
         self.plan.table.crowded.pop(self, None)
@@ -3632,7 +3767,7 @@ def is_gone(conn):
 def state_of(conn):
     """Return the State of a connection or a listener."""
     if isinstance(conn, Listener):
-        return State.ACCEPT
+        return State.ACCEPT if _listens(conn.sock) else State.BAD
     return conn.probe()[0] if conn.cause is None else conn.cause.state
 
 
@@ -3644,7 +3779,7 @@ def snapshot(conn):
     now = conn.plan.reactor.clock()
     return ConnectionInfo(
         conn.conid, conn.proto, *conn.peer, *conn.local, conn.plan.name,
-        answer, now - conn.since, max(0.0, now - conn.renewed), conn.lifetime,
+        answer, now - conn.since, max(0.0, now - conn.active), conn.lifetime,
         min(times.values(), default=None), get_keepalive(conn.sock),
         conn.bytes_in, conn.bytes_out, conn.queued(), conn.plan.origin,
         conn.plan.listener, conn.opened, conn.phase.name,
@@ -3656,7 +3791,7 @@ def snapshot_of_listener(listener):
     plan, age = listener.plan, listener.plan.reactor.clock() - listener.since
     return ConnectionInfo(
         listener.conid, listener.proto, "", 0, *listener.local, plan.name,
-        State.ACCEPT, age, 0.0, plan.settings.connection_lifetime, None,
+        state_of(listener), age, 0.0, plan.settings.connection_lifetime, None,
         None, 0, 0, 0, "listen", None, False, "listening", {})
 
 # ---------------------------------------------------------------------------
@@ -3681,7 +3816,7 @@ def _script_function(takes, failure=Result.FAILURE, name=None):
                     args = _arguments(takes, names, args, named)
                 return function(self, *args)
             except (_ArgumentError, OSError) as error:
-                reason = _system_error(error)
+                reason = str(_system_error(error))  # it holds frames, and they
             log.warning("%s: %s", name or function.__name__, reason)
             return failure
         script_function.takes = takes
@@ -3898,6 +4033,12 @@ def _setting(name, *limits):
                     doc=f"{name}: see TcpOps.")
 
 
+_BORDERS.update(function.__code__ for function in (
+    Handlers.message, Handlers.report, Handlers.call, Reactor._turn,
+    Plan.build, Messages.ask, Messages.deliver, Messages.farewell,
+    Connection.encode))
+
+
 class TcpOps(SpecFunctions):
     """Every TCP connection by its number, and the loop that runs them.
 
@@ -3981,10 +4122,7 @@ class TcpOps(SpecFunctions):
         doc="Called with the event's name instead of any handler; see event.")
 
     def modparam(self, module, name, value):
-        """Set a parameter as the script language does.  Spec: 2.
-
-        Raises ValueError for a wrong value, and any other parameter.
-        """
+        """Set a parameter as the script language does.  Spec: 2."""
         if (module, name) not in (("tcpops", "closed_event"),
                                   ("tcpops", "event_callback")):
             raise ValueError(
@@ -4070,6 +4208,7 @@ class TcpOps(SpecFunctions):
         Returns its conid.  Raises ValueError for any other kind of socket, and
         for one that is shut down for writing; OSError if not connected.
         """
+        self._check_taking()
         plan = self._plan("attach", framing)
         ssl = sys.modules.get("ssl")  # not loaded: then it is not one
         if (not isinstance(sock, socket.socket)
@@ -4083,7 +4222,7 @@ class TcpOps(SpecFunctions):
                              f" not {reprlib.repr(sock)}")
         peer = _peer_key(sock.getpeername())
         local = _peer_key(sock.getsockname())
-        if self._reactor.holds(sock):
+        if self._table.holds(peer, local) or self._reactor.holds(sock):
             raise ValueError(f"{sock!r} is attached already")
         if _tcp_state(sock) in _TCP_SHUT:
             raise ValueError(f"{sock!r} is shut down for writing")
@@ -4189,7 +4328,8 @@ class TcpOps(SpecFunctions):
         """
         table, live = self._table, self._connections()
         return {
-            "opened": table.begun,
+            "begun": table.begun,
+            "opened": table.opened,
             "ended": dict(table.ended),
             "accepts_refused": table.refused,
             "bytes_in": table.bytes_in + sum(c.bytes_in for c in live),
@@ -4212,19 +4352,20 @@ class TcpOps(SpecFunctions):
         timeout = _number(timeout, "timeout", 0, _MAX_SECONDS)
         self._reactor.check_outside()
         end = time.monotonic() + timeout
-        self._draining = True
-        try:
-            cause = Cause("shutdown", None, "drained")
-            self._end_listeners(accept=True)
-            conns = self._connections()
-            while self._table.sockets and time.monotonic() < end:
-                conns = self._end_connections(conns, cause, _SEND_REST)
-                self.step(0 if conns else max(0, end - time.monotonic()))
-            self._end_connections(self._connections(), cause)
-            while self._handlers.events:
-                self.step(0)
-        finally:
-            self._draining = False
+        with self._reactor.signals():
+            self._draining = True
+            try:
+                cause = Cause("shutdown", None, "drained")
+                self._end_listeners(accept=True)
+                conns = self._connections()
+                while self._table.sockets and time.monotonic() < end:
+                    conns = self._end_connections(conns, cause, _SEND_REST)
+                    self.step(0 if conns else max(0, end - time.monotonic()))
+                self._end_connections(self._connections(), cause)
+                while self._handlers.events:
+                    self.step(0)
+            finally:
+                self._draining = False
 
     def _end_listeners(self, accept):
         for listener in list(self._table.listeners.values()):
@@ -4238,7 +4379,8 @@ class TcpOps(SpecFunctions):
             if conn.usable():
                 conn.probe()  # an RST that came before is the reason
             if manner is _AT_ONCE:
-                conn.end(conn.seen if conn.failed else cause)
+                conn.end(conn.seen if conn.failed
+                         and conn.seen.reason != "eof" else cause)
             elif conn.messages is not None and (conn.messages.waiting
                                                 or conn.is_full()):
                 late.append(conn)
@@ -4247,18 +4389,17 @@ class TcpOps(SpecFunctions):
         return late
 
     def close(self):
-        """End every connection at once, report the events, free everything.
-
-        From inside a handler: when that has returned.
-        """
+        """End every connection at once, report the events, free everything."""
         reactor = self._reactor
         if reactor.closing:
             return
-        reactor.closing = True
-        self._end_listeners(accept=False)
-        self._end_connections(self._connections(), Cause.of("shutdown"))
-        if not reactor.turning:
-            reactor.release()
+        with (contextlib.nullcontext() if reactor.turning
+              else reactor.signals()):
+            reactor.closing = True
+            self._end_listeners(accept=False)
+            self._end_connections(self._connections(), Cause.of("shutdown"))
+            if not reactor.turning:
+                reactor.release()
 
     def __enter__(self):
         return self
@@ -4274,6 +4415,7 @@ class TcpOps(SpecFunctions):
         """
         for conn in self._connections():
             conn.enter(_ENDED)
+            conn.events = 0
         for held in (self._table.connections, self._table.listeners):
             while held:
                 with contextlib.suppress(OSError):
@@ -4325,7 +4467,7 @@ _ERASE = "\r\x1b[K"
 _QUEUED = 1000  #: lines that wait for their reader
 _PAYLOADS = reprlib.Repr()  #: shows the beginning and end of a long one
 _PAYLOADS.maxother = _PAYLOADS.maxstring = 72
-#: What a person may try a listener with, where nc alone will not do.
+#: To try a listener with, where nc alone will not do.
 _CLIENTS = {"sip": r"printf 'OPTIONS sip:x SIP/2.0\r\nl:0\r\n\r\n' | nc {} {}",
             "ws": "new WebSocket('ws://{2}') in a browser"}
 _PLAIN_DETAILS = ("FIN from the peer", "closed by conid", "drained")

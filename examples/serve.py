@@ -1075,7 +1075,7 @@ class Server:
         if words:
             raise ValueError("it takes nothing")
         counts = self._ops.stats()
-        live = counts["opened"] - sum(counts["ended"].values())
+        live = counts["begun"] - sum(counts["ended"].values())
         yield {"version": tcpops.__version__, "pid": os.getpid(),
                "uptime": round(time.monotonic() - self.started, 3),
                "listeners": len(self._ops.listeners()), "connections": live,

@@ -2867,10 +2867,7 @@ class Messages:
         self.deadline = NEVER   #: of a message that is incomplete
 
     def ask(self, call, *args):
-        """Call the framing; return the answer, or _FAILED after failed().
-
-        So an error of ours never passes for one of the framing's.
-        """
+        """Call the framing, nothing of ours; return the answer, or _FAILED."""
         try:
             return call(*args)
         except BaseException as error:
@@ -2983,15 +2980,18 @@ class Messages:
             conn.plan.reactor.later(conn)
             conn.watch()
 
+    def ask_last(self, call, default):
+        """Call the framing at the end; return the answer, or the default."""
+        try:
+            return call(self.framing)
+        except BaseException as error:
+            plan = self.conn.plan
+            plan.handlers.raised(error, f"framing {plan.name}", self.conn)
+            return default
+
     def farewell(self, reason):
         """Return the last bytes that the protocol sends."""
-        conn = self.conn
-        try:
-            return bytes(self.framing.farewell(reason))
-        except BaseException as error:
-            conn.plan.handlers.raised(
-                error, f"framing {conn.plan.name}", conn)
-            return b""
+        return self.ask_last(lambda it: bytes(it.farewell(reason)), b"")
 
 
 class Lingering:
@@ -3503,7 +3503,7 @@ class Connection:
         cut_short = self.queue is not None or lost and not queued
         held = (messages is not None and self.opened
                 and cause.reason not in ("closed", "protocol", "message")
-                and messages.framing.pending)
+                and messages.ask_last(lambda it: int(it.pending), 0))
         words = ((f", {unsent or queued} bytes unsent"
                   if lost and cause.reason != "send" else "")
                  + (f", {held} bytes not delivered" if held else ""))
@@ -4035,7 +4035,7 @@ def _setting(name, *limits):
 
 _BORDERS.update(function.__code__ for function in (
     Handlers.message, Handlers.report, Handlers.call, Reactor._turn,
-    Plan.build, Messages.ask, Messages.deliver, Messages.farewell,
+    Plan.build, Messages.ask, Messages.deliver, Messages.ask_last,
     Connection.encode))
 
 

@@ -13134,6 +13134,17 @@ class TestCornersOfTheEnd:
         world.talk(world.client()[0])
         assert world.end(conid).reason == "closed"
 
+    def test_a_framing_that_cannot_say_what_it_holds(self, make_world, logged):
+        class Mute(tcpops.LineFraming):
+            @property
+            def pending(self):
+                raise ZeroDivisionError("how many?")
+        world = make_world(framing=Mute)
+        sock, conid = world.client()
+        sock.close()
+        assert world.end(conid).detail == "FIN from the peer"
+        assert len(logged) == 1 and "Mute raised" in logged[0]
+
     def test_a_listener_ends_once(self, world):
         listener = world.ops._table.get(world.listener)
         assert world.ops.tcp_close_connection(world.listener) == 1

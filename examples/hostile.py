@@ -143,9 +143,12 @@ def measure(proto, count, stage, *how):
     """Return the kB that a connection at a stage makes a server hold."""
     (ours, theirs), ended, socks, held = FORK.Pipe(), "ended" in stage, [], []
     server = FORK.Process(target=serve, args=(proto, ended, theirs))
-    server.start()
-    theirs.close()
     try:
+        # What a signal handler raises within fork() would be lost.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        server.start()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        theirs.close()
         port = ours.recv()
         for part in ((count + 1) // 2, count):
             for size in [1] * part if ended else [part]:
@@ -193,7 +196,7 @@ def main():
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
     try:
         main()
     except BrokenPipeError:  # of "| head", say

@@ -16738,9 +16738,11 @@ class TestStorm:
         for _ in range(2):
             done = storm("--seeds", "3-4", "-v")
             assert (done.stderr, done.returncode) == ("", 0)
-            text = re.sub(r"\b\d{5}\b|, \d+ s,", "", done.stdout)
-            told.append(re.findall("(?m)^ +\\d+  \\S.*", text))
-        assert len(told[0]) > 80 and told[0] == told[1]
+            # What comes of them depends on when bytes arrive.
+            told.append([found for found in re.findall(
+                r"(?m)^ +(\d+)  (\w+)", done.stdout)
+                if found[1] not in ("event", "message", "called")])
+        assert len(told[0]) > 60 and told[0] == told[1]
 
     def test_steps(self):
         done = storm("--seeds", "3-3", "--steps", "5", "-v")

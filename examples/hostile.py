@@ -144,11 +144,9 @@ def measure(proto, count, stage, *how):
     (ours, theirs), ended, socks, held = FORK.Pipe(), "ended" in stage, [], []
     server = FORK.Process(target=serve, args=(proto, ended, theirs))
     try:
-        # What a signal handler raises within fork() would be lost.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        server.start()
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-        theirs.close()
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        server.start(), theirs.close()  # within fork() it would be lost
+        signal.pthread_sigmask(signal.SIG_SETMASK, [])
         port = ours.recv()
         for part in ((count + 1) // 2, count):
             for size in [1] * part if ended else [part]:
@@ -161,8 +159,7 @@ def measure(proto, count, stage, *how):
         sys.exit(f"hostile.py: {proto}, {stage}: {error!r}")
     finally:
         server.kill()
-        for sock in socks:
-            sock.close()
+        [sock.close() for sock in socks]
 
 
 def main():

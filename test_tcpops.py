@@ -13283,7 +13283,9 @@ class TestCornersOfTheEnd:
         assert world.ops.tcp_close_connection(conid)
         complete(far, the_end(world, conid, "closed"), proto)
 
-    @pytest.mark.parametrize("after", ["close frame", "close_notify"])
+    @pytest.mark.parametrize("after", [
+        pytest.param("close frame", marks=needs_ws),
+        pytest.param("close_notify", marks=needs_tls)])
     def test_one_that_talks_after_its_farewell(self, link, after):
         """It gets all of the answer; the reason is eof."""
         world, far, conid = link("ws" if after == "close frame"

@@ -11336,6 +11336,8 @@ class Far:
 
     def break_protocol(self, proto):
         """Send bytes that are a violation."""
+        if PYPY and proto.startswith(("tls", "wss")):
+            pytest.skip("PyPy takes OpenSSL's error for the other end's, too")
         wrong = PROTOCOLS[proto][2]
         if self.web:  # masked where it should not be, and the reverse
             self.say(frame(2, b"wrong", *[b""] * self.client))

@@ -16711,7 +16711,7 @@ class TestConformance:
 
 STORM = [sys.executable, str(HERE / "examples" / "storm.py")]
 
-def storm(*words, without=(), timeout=60):
+def storm(*words, without=(), timeout=150):
     """Run examples/storm.py."""
     more = ["--without", ",".join(without)] if without else []
     return subprocess.run([*STORM, *words, *more], capture_output=True,
@@ -16735,7 +16735,8 @@ class TestStorm:
         match = re.fullmatch(self.SUMMARY, done.stdout)
         assert (match[1], match[2], match[5]) == ("100", "4200", "0")
         assert int(match[3]) > 500
-        assert time.monotonic() - start < 40  # 6 s on a machine at leisure
+        # 6 s on a machine at leisure; PyPy warms up slowly.
+        assert time.monotonic() - start < (120 if PYPY else 40)
 
     def test_the_same_seed_has_the_same_operations(self):
         told = []
@@ -16863,7 +16864,8 @@ class TestHostile:
         start = time.monotonic()
         done = hostile("--connections", 4)
         assert (done.stderr, done.returncode) == ("", 0)
-        assert time.monotonic() - start < 40  # 6 s on a machine at leisure
+        # 6 s on a machine at leisure; PyPy warms up slowly.
+        assert time.monotonic() - start < (120 if PYPY else 40)
         rows = [self.ROW.fullmatch(line).groups()
                 for line in done.stdout.splitlines()]
         head, _, *table = self.TABLE

@@ -351,8 +351,7 @@ def parse_address(address, lowest_port=1):
     """Return (host, port) of "host:port", "[v6]:port" or a sip: or sips: URI.
 
     The port defaults to 5060, with TLS to 5061 (RFC 3261, 19.1.2).  Raises
-    ValueError for anything else, and for a transport or maddr that is not
-    ours to serve.
+    ValueError, also for a transport or maddr that is not ours to serve.
     """
     return _parse_uri(address, lowest_port)[:2]
 
@@ -899,8 +898,7 @@ _FOLD = re.compile(rb"\r\n[ \t]+")
 def _parse_head(head):
     """Return (first line, [(name, value), ...]) of a head, as HTTP has one.
 
-    Values are unfolded, names in lower case, bytes that are not UTF-8 become
-    U+FFFD, and a line without a colon is left out.
+    Values are unfolded, names in lower case; a line without colon is left out.
     """
     lines = _FOLD.sub(b" ", head).decode("utf-8", "replace").split("\r\n")
     fields = (line.partition(":") for line in lines[1:])
@@ -985,8 +983,7 @@ class SipMessage(TextMessage):
     def headers(self, name):
         """Return the values of all header fields of that name, in order.
 
-        The name may be in any case, long or compact.  A value is unfolded; a
-        list with commas is not split.
+        The name may be in any case, long or compact; a list is not split.
         """
         name = _COMPACT.get(name.lower(), name.lower())
         return [value for field, value in self._parsed()[1] if field == name]
@@ -1227,12 +1224,10 @@ class WebSocketFraming(Framing):
     def refuse(self, path, headers):
         """Return why a client is refused (403), or None to accept it.
 
-        For a subclass, which may check the Origin, say.  headers are (name in
-        lower case, value) pairs.  msg.framing keeps both, as path and headers.
+        headers are (name in lower case, value) pairs, as in msg.framing's.
         """
         return None
 
-    # -- the handshake ------------------------------------------------------
     def _check(self):
         """Raise ValueError for a setting that a request cannot carry."""
         if not re.fullmatch(r"[!-~]+", self.path):
@@ -1357,7 +1352,6 @@ class WebSocketFraming(Framing):
                 raise ProtocolError(f"WebSocket handshake failed: {reason}")
         self._agree(subprotocol)
 
-    # -- frames that come in ------------------------------------------------
     def next_message(self):
         """Return the next message, str or bytes; SKIPPED or None if none."""
         if not self.opened:
@@ -1502,7 +1496,6 @@ class WebSocketFraming(Framing):
                  else f"within the {self.handshake}")
         self.closed = self.closed or f"FIN {where}"
 
-    # -- frames that go out -------------------------------------------------
     def _encode_frame(self, opcode, payload):
         """Return a frame, always the only one of its message."""
         length = len(payload)
@@ -2082,6 +2075,15 @@ class Handlers:
         except BaseException as error:
             self.raised(error, function)
 
+    def leave(self):
+        """Raise the exception that is to leave the loop, if there is one."""
+        error, self.leaving = self.leaving, None
+        try:
+            if error is not None:
+                raise error
+        finally:
+            del error  # it holds this frame
+
     def raised(self, error, what, conn=None):
         """Log the exception of a function of the program's, or keep it."""
         if isinstance(error, (SystemExit, KeyboardInterrupt)):
@@ -2139,6 +2141,97 @@ class _Attended:
     work = fault = lambda self, *_: None  # that is the host program's affair
 
 
+class Waker:
+    """What interrupts a wait, and the signals that do so."""
+
+    def __init__(self, handlers, complain):
+        self._handlers, self._complain = handlers, complain
+        self._pen, self.sock = socket.socketpair()
+        self._pen.setblocking(False)
+        self.sock.setblocking(False)
+        self.count = 0            #: how often it was ready in this turn
+        self._host = -1           # the host's descriptor for signals
+        self._held_until = NEVER  # how long a Ctrl-C may wait
+
+    def wake(self):
+        """Interrupt a wait; safe from a signal handler and any thread."""
+        # Full: a wake-up is on its way.  Closed: nothing waits.
+        with contextlib.suppress(OSError):
+            self._pen.send(b"\0", _SEND_FLAGS)
+
+    def ready(self, _mask):
+        """Count that it was ready, and empty it."""
+        self.count += 1
+        self._pass_on()
+        return True
+
+    work = fault = lambda self, *_: None
+
+    def _pass_on(self):
+        """Empty it, and tell the host of the signals in it."""
+        with contextlib.suppress(OSError):  # empty, or closed
+            signals = self.sock.recv(4096).replace(b"\0", b"")
+            if signals and self._host >= 0:
+                try:
+                    os.write(self._host, signals)
+                except OSError as error:
+                    self._complain("the host's wake-up descriptor takes no"
+                                   f" signal: {error.strerror}")
+
+    @contextlib.contextmanager
+    def signals(self):
+        """Be woken by signals; have Ctrl-C wait while our own code runs."""
+        mine, ours, host = self._on_interrupt, self._pen.fileno(), None
+        python = signal.default_int_handler
+        try:
+            with contextlib.suppress(ValueError):  # not in the main thread
+                if signal.getsignal(signal.SIGINT) is python:
+                    signal.signal(signal.SIGINT, mine)
+                # A signal just before epoll_wait would go unnoticed there.
+                host = signal.set_wakeup_fd(ours, warn_on_full_buffer=False)
+                self._host = host
+            yield
+        finally:
+            if host is not None:
+                now = signal.set_wakeup_fd(-1)
+                with contextlib.suppress(OSError, ValueError):  # it is closed
+                    # -1: close() has taken ours away.
+                    signal.set_wakeup_fd(host if now in (ours, -1) else now)
+            self._pass_on()
+            self._host = -1
+            if signal.getsignal(signal.SIGINT) is mine:
+                signal.signal(signal.SIGINT, python)
+        self._handlers.leave()
+
+    def _on_interrupt(self, number, frame):
+        """Raise KeyboardInterrupt where the program's code runs, or we wait.
+
+        Else once the owner's turn is over.  One that has waited for a second
+        is behind a handler: then the next is raised at once.
+        """
+        caller, now = frame, time.monotonic()
+        while caller is not None and caller.f_globals is not globals():
+            caller = caller.f_back
+        if (caller is not frame and (caller is None or caller.f_code in
+                                     _BORDERS) or now > self._held_until):
+            self._held_until = NEVER
+            signal.default_int_handler(number, frame)
+        if self._handlers.leaving is None:
+            self._handlers.leaving = KeyboardInterrupt()
+            self._held_until = now + 1
+        self.wake()
+
+    def close(self):
+        """Pass on what is in it, and give the descriptors back."""
+        with contextlib.suppress(ValueError):  # not in the main thread
+            wakeup = signal.set_wakeup_fd(-1)
+            if wakeup not in (-1, self._pen.fileno()):
+                signal.set_wakeup_fd(wakeup)  # the host program's
+        self._pass_on()
+        self._pen.close()
+        self.sock.close()
+
+
 class Reactor:
     """The selector, the clock, the deadlines and the turn."""
 
@@ -2149,8 +2242,6 @@ class Reactor:
         self.lag = 0.0            #: seconds in which the loop did not look
         self._until = NEVER       # when the wait was to end
         self._looked = 0.0        # when the loop looked last
-        self._held_until = NEVER  # how long a Ctrl-C may wait
-        self._host_wakeup, self._woken_up = -1, 0   # see _drain_waker
         self.turning = self.stopping = self.closing = False
         self._handlers = handlers
         self._work = collections.OrderedDict()  # of owners, see later
@@ -2163,12 +2254,8 @@ class Reactor:
         self._complain_at = -NEVER
         self._selector = selectors.DefaultSelector()
         self._select = self._selector.select
-        # stop() and call_soon() interrupt a wait by writing to this pair.
-        self._waker, self._woken = socket.socketpair()
-        self._waker.setblocking(False)
-        self._woken.setblocking(False)
-        self._selector.register(self._woken, _READ, _Attended(
-            self._woken, self._drain_waker))
+        self.waker = Waker(handlers, self.complain)
+        self._selector.register(self.waker.sock, _READ, self.waker)
 
     def watch(self, owner, events):
         """Select an owner for these events, 0 for none.
@@ -2184,19 +2271,17 @@ class Reactor:
             elif before and events != before:
                 self._selector.modify(owner.sock, events, owner)
             elif events and not before:
-                self._register(owner)
+                number = owner.sock.fileno()
+                if number in self._selector.get_map():
+                    # It was a socket's that was closed behind our back; the
+                    # kernel has forgotten that one, the selector has not.
+                    self._lose(self._selector.unregister(number).data, number)
+                self._selector.register(owner.sock, events, owner)
         except (KeyError, ValueError, OSError) as error:
             number = getattr(_system_error(error), "errno", errno.EBADF)
             owner.events = 0
             raise OSError(number, os.strerror(number)) from None
 
-    def _register(self, owner):
-        number = owner.sock.fileno()
-        if number in self._selector.get_map():
-            # The number belonged to a socket that was closed behind our back;
-            # the kernel has forgotten that one, the selector has not.
-            self._lose(self._selector.unregister(number).data, number)
-        self._selector.register(owner.sock, owner.events, owner)
 
     def _lose(self, owner, number):
         """Let an owner see in work() that its descriptor is no more."""
@@ -2254,7 +2339,7 @@ class Reactor:
         _function(ready)
         number = sock if isinstance(sock, int) else sock.fileno()
         key = self._selector.get_map().get(number)
-        if key is not None and key.data.sock is not sock:  # see _register
+        if key is not None and key.data.sock is not sock:  # see watch
             self._lose(self._selector.unregister(number).data, number)
         self._selector.register(sock, events, _Attended(
             sock, lambda mask: self._handlers.call(ready, mask)))
@@ -2281,7 +2366,7 @@ class Reactor:
         _function(function)
         self.check_running()
         self._calls.append((function, *args))
-        self._interrupt()
+        self.waker.wake()
 
     def stop(self):
         """Make run() return after this turn, or, called before it, at once.
@@ -2292,33 +2377,12 @@ class Reactor:
         signal handler: that may lose the message in hand.
         """
         self.stopping = True
-        self._interrupt()
-
-    def _interrupt(self):
-        """Interrupt a wait; safe from a signal handler and any thread."""
-        # Full: a wake-up is on its way.  Closed: nothing waits.
-        with contextlib.suppress(OSError):
-            self._waker.send(b"\0", _SEND_FLAGS)
+        self.waker.wake()
 
     def nudge(self):
         """Make fileno() readable: there is new work."""
         if self._outer and not self.turning:
-            self._interrupt()
-
-    def _drain_waker(self, _mask):
-        self._woken_up += 1
-        self._pass_on()
-
-    def _pass_on(self):
-        """Empty the waker, and tell the host of the signals in it."""
-        with contextlib.suppress(OSError):  # empty, or closed
-            signals = self._woken.recv(4096).replace(b"\0", b"")
-            if signals and self._host_wakeup >= 0:
-                try:
-                    os.write(self._host_wakeup, signals)
-                except OSError as error:
-                    self.complain("the host's wake-up descriptor takes no"
-                                  f" signal: {error.strerror}")
+            self.waker.wake()
 
     def fileno(self):
         """Return a descriptor that is readable when step(0) has work to do.
@@ -2359,7 +2423,7 @@ class Reactor:
         Raises RuntimeError inside a handler and after close().
         """
         self.check_outside()
-        with self.signals():
+        with self.waker.signals():
             self.turning = True
             try:
                 while not self.stopping and not self.closing:
@@ -2368,49 +2432,6 @@ class Reactor:
                 self.turning = self.stopping = False
                 if self.closing:  # in a handler: that waited for this
                     self.release()
-
-    @contextlib.contextmanager
-    def signals(self):
-        """Be woken by signals; have Ctrl-C wait while our own code runs."""
-        mine, ours, host = self._on_interrupt, self._waker.fileno(), None
-        python = signal.default_int_handler
-        try:
-            with contextlib.suppress(ValueError):  # not in the main thread
-                if signal.getsignal(signal.SIGINT) is python:
-                    signal.signal(signal.SIGINT, mine)
-                # A signal just before epoll_wait would go unnoticed there.
-                host = signal.set_wakeup_fd(ours, warn_on_full_buffer=False)
-                self._host_wakeup = host
-            yield
-        finally:
-            if host is not None:
-                now = signal.set_wakeup_fd(-1)
-                with contextlib.suppress(OSError, ValueError):  # it is closed
-                    # -1: release() has taken ours away.
-                    signal.set_wakeup_fd(host if now in (ours, -1) else now)
-            self._pass_on()
-            self._host_wakeup = -1
-            if signal.getsignal(signal.SIGINT) is mine:
-                signal.signal(signal.SIGINT, python)
-        self._settle()
-
-    def _on_interrupt(self, number, frame):
-        """Raise KeyboardInterrupt where the program's code runs, or we wait.
-
-        Else once the owner's turn is over.  One that has waited for a second
-        is behind a handler: then the next is raised at once.
-        """
-        caller, now = frame, time.monotonic()
-        while caller is not None and caller.f_globals is not globals():
-            caller = caller.f_back
-        if (caller is not frame and (caller is None or caller.f_code in
-                                     _BORDERS) or now > self._held_until):
-            self._held_until = NEVER
-            signal.default_int_handler(number, frame)
-        if self._handlers.leaving is None:
-            self._handlers.leaving = KeyboardInterrupt()
-            self._held_until = now + 1
-        self._interrupt()
 
     def step(self, timeout=None):
         """Wait for something, timeout seconds at the most, and handle it.
@@ -2428,7 +2449,7 @@ class Reactor:
                 handled = self._turn(wait)
                 # A deadline put off, or a wake-up for run(), may have cut it.
                 left -= (min(wait or 0, time.monotonic() - start)
-                         if self._woken_up else wait or 0)
+                         if self.waker.count else wait or 0)
                 if handled or left <= 0:
                     return handled
         finally:
@@ -2452,7 +2473,7 @@ class Reactor:
 
     def _turn(self, wait):
         """Wait, then handle what there is; return how many things that was."""
-        self._woken_up = 0
+        self.waker.count = 0
         # Selectors round the time up: never early, never spinning.
         ready = self._select(wait)
         # Deadlines that come while handlers run are for the next turn: bytes
@@ -2496,7 +2517,7 @@ class Reactor:
             self._interrupted(error)
             raise
         self.excuse()
-        return handled - self._woken_up
+        return handled - self.waker.count
 
     def _interrupted(self, error):
         """Leave the turn for an error: of ours, or of a signal handler."""
@@ -2517,15 +2538,10 @@ class Reactor:
 
     def _settle(self):
         """Report an owner's events, and raise what is to leave the loop."""
-        handlers = self._handlers
-        count = handlers.report()
-        if handlers.leaving is not None:
-            error, handlers.leaving = handlers.leaving, None
+        count = self._handlers.report()
+        if self._handlers.leaving is not None:
             self._owner = None
-            try:
-                raise error
-            finally:
-                del error  # it holds this frame
+            self._handlers.leave()
         return count
 
     def _serve_ready(self, ready):
@@ -2589,12 +2605,7 @@ class Reactor:
         self._in_vain.clear()
         self._work.clear()
         self.deadlines = Deadlines()
-        with contextlib.suppress(ValueError):  # not in the main thread
-            wakeup = signal.set_wakeup_fd(-1)
-            if wakeup not in (-1, self._waker.fileno()):
-                signal.set_wakeup_fd(wakeup)  # the host program's
-        self._pass_on()
-        for held in (self._outer, self._selector, self._waker, self._woken):
+        for held in (self._outer, self._selector, self.waker):
             if held is not None:
                 held.close()
         self._settle()
@@ -2605,7 +2616,7 @@ class Reactor:
         for key in (self._selector.get_map() or {}).values():  # {}: closed
             if isinstance(key.data, _Attended):
                 key.data.call = None  # the batch in hand may hold it
-        self._woken.close()  # what is in it is the parent's
+        self.waker.sock.close()  # what is in it is the parent's
         self._handlers.events.clear()
         self._calls.clear()
         self.release()
@@ -3958,17 +3969,13 @@ class SpecFunctions:
 
     @_script_function("conid")
     def tcp_set_otcpid(self, conid):
-        """Name the connection on which forward is to send, for the message
-        being handled; FAILURE outside of its handler.
-        """
+        """Name the connection for forward; in the handler of a message."""
         self._outbound()["conid"] = self._usable(conid).conid
         return Result.SUCCESS
 
     @_script_function("mode")
     def tcp_set_otcpid_flag(self, mode):
-        """Have forward heed tcp_set_otcpid (mode not 0) or not (mode 0), for
-        the message being handled; off when its handler is called.
-        """
+        """Have forward heed that (mode not 0) or not, as at first (mode 0)."""
         heed = _number(mode, "mode", -NEVER, NEVER, whole=True) != 0
         self._outbound()["heed"] = heed
         return Result.SUCCESS
@@ -4070,18 +4077,12 @@ class TcpOps(SpecFunctions):
                  connection_lifetime=120, connect_timeout=10, send_timeout=10,
                  message_timeout=20, max_connections=None, max_message=65536,
                  max_write_buffer=1048576, linger=2, clock=time.monotonic):
+        settings = {**locals()}
         self._settings, self._table = Settings(), Table(NEVER)
         self._handlers = Handlers(self._table)
-        self.closed_event = closed_event
-        self.event_callback = event_callback
-        self.connection_lifetime = connection_lifetime
-        self.connect_timeout = connect_timeout
-        self.send_timeout = send_timeout
-        self.message_timeout = message_timeout
-        self.max_connections = max_connections
-        self.max_message = max_message
-        self.max_write_buffer = max_write_buffer
-        self.linger = linger
+        for name in (*Settings._fields, "closed_event", "event_callback",
+                     "max_connections"):
+            setattr(self, name, settings[name])
         self._reactor = Reactor(_function(clock), self._handlers)
         self._draining = False
         self._last_keepalive = None  # shared by all that enable the same
@@ -4150,9 +4151,8 @@ class TcpOps(SpecFunctions):
 
         framing is a name in FRAMINGS or a subclass of Framing, tls an
         ssl.SSLContext for servers, with its certificate.  host is an address
-        or a name ("" for every IPv4 address), port 0 lets the system choose:
-        connection(conid).Rp says what it chose.  "::" is every IPv6 address
-        and no IPv4 one.  Raises OSError.
+        or a name ("" for every IPv4 address, "::" for every IPv6 one), port 0
+        lets the system choose: see connection(conid).Rp.  Raises OSError.
         """
         plan = self._plan("accept", framing, tls)
         trial = plan.build()
@@ -4248,9 +4248,8 @@ class TcpOps(SpecFunctions):
         """Send payload on a connection; return a Result.
 
         A str is a text message on a WebSocket, elsewhere its UTF-8 bytes.
-        Bytes that the kernel does not take are queued.  FAILURE, nothing sent:
-        there is no such connection, it is ending, or its queue is over
-        max_write_buffer.  Raises TypeError for neither bytes nor str.
+        FAILURE, nothing sent: there is no such connection, it is ending, or
+        its queue is over max_write_buffer.  TypeError: neither bytes nor str.
         """
         payload = _payload(payload)
         conn = self._found(conid)
@@ -4352,7 +4351,7 @@ class TcpOps(SpecFunctions):
         timeout = _number(timeout, "timeout", 0, _MAX_SECONDS)
         self._reactor.check_outside()
         end = time.monotonic() + timeout
-        with self._reactor.signals():
+        with self._reactor.waker.signals():
             self._draining = True
             try:
                 cause = Cause("shutdown", None, "drained")
@@ -4394,7 +4393,7 @@ class TcpOps(SpecFunctions):
         if reactor.closing:
             return
         with (contextlib.nullcontext() if reactor.turning
-              else reactor.signals()):
+              else reactor.waker.signals()):
             reactor.closing = True
             self._end_listeners(accept=False)
             self._end_connections(self._connections(), Cause.of("shutdown"))

@@ -6455,12 +6455,12 @@ class TestLoop:
         """Also one that comes just before the wait: it is written down."""
         seen = []
         before = signal.signal(signal.SIGUSR1, lambda *_: seen.append(
-            world.ops._reactor._woken.recv(9)) or world.ops.stop())
+            world.ops._reactor.waker.sock.recv(9)) or world.ops.stop())
         wakeup = signal.set_wakeup_fd(-1)
         signal.set_wakeup_fd(wakeup)
         try:
             world.ops.call_soon(lambda: (
-                world.ops._reactor._drain_waker(None),
+                world.ops._reactor.waker.ready(1),
                 os.kill(os.getpid(), signal.SIGUSR1)))
             world.ops.run()
         finally:
@@ -9813,7 +9813,9 @@ class TestOneDoor:
             # what the reactor has for itself.
             ("TcpOps", "sock.close()"), ("TcpOps", "self.close()"),
             *[("Reactor", f"{name}.close()") for name in (
-                "sock", "held", "old", "self._woken")]])
+                "held", "old", "self.waker.sock")],
+            ("Reactor", "sock.close()"),  # closed behind our back, maybe
+            *[("Waker", f"self.{name}.close()") for name in ("_pen", "sock")]])
 
     def test_each_end_goes_through_it(self, make_world, monkeypatch):
         through, real = [], tcpops.Connection.enter
@@ -15315,7 +15317,7 @@ class Interrupted:
             ops.run()
             for _ in range(20):
                 ops.step(0)
-            self.left = tcpops._in_kernel(ops._reactor._woken,
+            self.left = tcpops._in_kernel(ops._reactor.waker.sock,
                                           tcpops._FIONREAD)
             self.guarded(ops.drain, 0.01)
             ops.drain(0.01)

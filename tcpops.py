@@ -122,7 +122,7 @@ class _Code(enum.IntEnum):
 
 
 class Result(_Code):
-    """What the functions that do something return.  Spec: 3.3 to 3.6."""
+    """The result of a function that does something.  Spec: 3.3 to 3.6."""
 
     SUCCESS = 1
     FAILURE = -1
@@ -133,7 +133,7 @@ _SUCCESS, _FAILURE = Result
 
 
 class State(_Code):
-    """What tcp_conid_state and probe return.  Spec: 3.2."""
+    """The answer of tcp_conid_state and probe.  Spec: 3.2."""
 
     OK = 1          #: the connection is usable
     ACCEPT = 2      #: a listener, or accepted and no byte has moved yet
@@ -154,10 +154,10 @@ EVENT_NAMES = tuple(_EVENTS)
 
 
 class Reason(NamedTuple):
-    """What follows from why a connection has ended."""
+    """The consequences of a reason, for REASONS."""
 
     event: str    #: the event that reports it
-    state: State  #: what tcp_conid_state answers in the event's handler
+    state: State  #: the answer of tcp_conid_state in the event's handler
     detail: str   #: the event's detail, unless the end has a better one
 
 
@@ -213,7 +213,7 @@ class Cause(NamedTuple):
 
     @property
     def state(self):
-        """What tcp_conid_state answers for a connection that it ends."""
+        """The answer of tcp_conid_state for a connection that it ends."""
         return _REASONS[self.reason].state
 
 
@@ -325,7 +325,7 @@ def _payload(payload):
 
 _ADDRESS = re.compile(r"(?:\[([^\[\]]+)\]|([^\[\]:;?@\s]+))(?::([0-9]{1,5}))?",
                       re.ASCII)
-#: By its scheme: a function that returns what _parse_host does, for a URI.
+#: Parsers of URIs by scheme; each returns a tuple as _parse_host does.
 _SCHEMES = {}
 
 
@@ -420,7 +420,7 @@ def _words(error, form=str):
 
 
 def _system_error(error):
-    """Return what a system call of ours has raised, or raise it again."""
+    """Return the error of a system call of ours, or raise a handler's."""
     if error.__traceback__.tb_next is not None and _is_signal(error):
         raise error
     return error
@@ -812,7 +812,7 @@ class Framing:
         self.max_message = max_message  #: bytes; refuse a longer message
         self.client = client            #: True on a connection that we opened
         self.buffer = bytearray()  #: bytes received and not yet returned
-        self.output = bytearray()  #: append here what the protocol sends
+        self.output = bytearray()  #: append the protocol's own bytes here
 
     def begin(self, host):
         """Append the protocol's opening bytes, if any, to output.
@@ -833,7 +833,7 @@ class Framing:
         raise NotImplementedError
 
     def finish(self):
-        """Return what the FIN completes, or None.  May raise ProtocolError."""
+        """Return the payload that the FIN completes, or None.  May raise."""
         return None
 
     @property
@@ -915,7 +915,7 @@ def _check_printable(buffer, protocol):
 
 #: The framings by name; add yours.  "raw" has none: a message is one recv().
 FRAMINGS = {"raw": None, "line": LineFraming}
-_LAYERS = {}  #: TLS, and what it goes around where there is no framing
+_LAYERS = {}  #: TLS, and the framing that it goes around for raw
 # A section that enters itself into these is named nowhere else, and brings its
 # own imports and public names: it can be cut out of the file.
 
@@ -1184,7 +1184,7 @@ class _Fields(Sequence):
 
 
 class _Violation(ProtocolError):
-    """What the peer did wrong, and the code for our close frame."""
+    """A fault of the peer's, and the code for our close frame."""
 
     def __init__(self, code, detail):
         super().__init__(detail)
@@ -1201,7 +1201,7 @@ class WebSocketFraming(Framing):
     proto = "ws"
     message = TextMessage
     handshake = "WebSocket handshake"
-    path = "/"                #: what a client asks for, a server is asked for
+    path = "/"                #: that a client asks for, a server is asked for
     headers = ()              #: (name, value) pairs that come along with that
     offers = ()               #: the subprotocols that a client offers
     #: Those that a server speaks.
@@ -1422,7 +1422,7 @@ class WebSocketFraming(Framing):
                              else "a continuation of nothing")
 
     def _take_payload(self):
-        """Take what has come of a frame; return a message, SKIPPED or None."""
+        """Take a frame's bytes; return a message, SKIPPED or None."""
         final, mask = self._frame
         data = bytes(self.buffer[:self._left])
         del self.buffer[:len(data)]
@@ -1491,7 +1491,7 @@ class WebSocketFraming(Framing):
     pending = property(lambda self: len(self.buffer) + len(self._parts))
 
     def finish(self):
-        """Note what the FIN has cut short."""
+        """Note that the FIN has cut it short."""
         where = ("without a close frame" if self.opened
                  else f"within the {self.handshake}")
         self.closed = self.closed or f"FIN {where}"
@@ -1551,7 +1551,7 @@ _LONGEST_RECORD = 16384  #: bytes of plain text in a TLS record
 
 
 class RawFraming(Framing):
-    """The "raw" of TLS: a message is what has come.  TCP needs none."""
+    """The "raw" of TLS: a message is the bytes received.  TCP needs none."""
 
     partial = False  #: no message is ever incomplete
 
@@ -1627,7 +1627,7 @@ class TlsFraming(Framing):
             self._advance()
 
     def _advance(self):
-        """Continue the handshake, then decrypt what there is."""
+        """Continue the handshake, then decrypt the bytes received."""
         try:
             if not self._shaken:
                 self.tls.do_handshake()
@@ -1693,7 +1693,7 @@ class TlsFraming(Framing):
         return payload
 
     def finish(self):
-        """Return what FIN completes; ProtocolError without close_notify."""
+        """Return the payload that FIN completes, unless FIN came alone."""
         if not self._shaken:
             raise ProtocolError("FIN within the TLS handshake")
         if not self.closed:
@@ -1889,7 +1889,7 @@ def deadlines_of(conn):
 
 
 class Table:
-    """The connections by conid and by peer; the listeners; what is counted."""
+    """The connections by conid and by peer; the listeners; the counts."""
 
     def __init__(self, limit):
         self.limit = limit       #: connections that may have a socket
@@ -2142,7 +2142,7 @@ class _Attended:
 
 
 class Waker:
-    """What interrupts a wait, and the signals that do so."""
+    """A pair of sockets that interrupts a wait; signals write to it, too."""
 
     def __init__(self, handlers, complain):
         self._handlers, self._complain = handlers, complain
@@ -2222,7 +2222,7 @@ class Waker:
         self.wake()
 
     def close(self):
-        """Pass on what is in it, and give the descriptors back."""
+        """Pass on the signals in it, and give the descriptors back."""
         with contextlib.suppress(ValueError):  # not in the main thread
             wakeup = signal.set_wakeup_fd(-1)
             if wakeup not in (-1, self._pen.fileno()):
@@ -2472,7 +2472,7 @@ class Reactor:
         return None if due == limit == NEVER else wait
 
     def _turn(self, wait):
-        """Wait, then handle what there is; return how many things that was."""
+        """Wait, then handle all that is due; return how many things."""
         self.waker.count = 0
         # Selectors round the time up: never early, never spinning.
         ready = self._select(wait)
@@ -2537,7 +2537,7 @@ class Reactor:
         return now
 
     def _settle(self):
-        """Report an owner's events, and raise what is to leave the loop."""
+        """Report an owner's events, and let an exception leave the loop."""
         count = self._handlers.report()
         if self._handlers.leaving is not None:
             self._owner = None
@@ -2616,7 +2616,7 @@ class Reactor:
         for key in (self._selector.get_map() or {}).values():  # {}: closed
             if isinstance(key.data, _Attended):
                 key.data.call = None  # the batch in hand may hold it
-        self.waker.sock.close()  # what is in it is the parent's
+        self.waker.sock.close()  # its bytes are the parent's
         self._handlers.events.clear()
         self._calls.clear()
         self.release()
@@ -2749,7 +2749,7 @@ _NOT_NOW = (errno.EAGAIN, errno.EWOULDBLOCK, errno.EINTR, errno.ENOBUFS,
             errno.ENOMEM)
 _UNDER_WAY = (0, errno.EINPROGRESS, errno.EWOULDBLOCK)  #: of connect()
 _ENDED_SINCE = (errno.EPIPE, errno.ECONNRESET)  #: connect() had succeeded
-_FAILED = object()  #: What Messages.ask returns where a framing has raised
+_FAILED = object()  #: the answer of Messages.ask where a framing has raised
 
 
 def _make_room(table):
@@ -3025,7 +3025,7 @@ class Lingering:
         reactor.arm(conn, self.since + _FIRST_LOOK)
 
     def ready(self):
-        """Throw away what the peer sends, until its FIN."""
+        """Throw away the peer's bytes, until its FIN."""
         conn = self.conn
         try:
             data = conn.sock.recv(_RECV_SIZE, _DONTWAIT)
@@ -3509,7 +3509,7 @@ class Connection:
         queued = self.queued()
         left = self.unacknowledged() if left is None else left
         unsent = None if left is None else queued + left
-        # After an end at once the kernel goes on trying to send what it has.
+        # After an end at once the kernel goes on trying to send its queue.
         lost = queued or self.lingering is not None and left
         cut_short = self.queue is not None or lost and not queued
         held = (messages is not None and self.opened
@@ -3816,7 +3816,7 @@ def snapshot_of_listener(listener):
 
 
 def _script_function(takes, failure=Result.FAILURE, name=None):
-    """Decorator: what is refused is one log line and the value failure."""
+    """Decorator: a refusal is one log line and the value failure."""
     names = re.findall("[a-z]+", takes)
 
     def decorate(function):
@@ -4005,7 +4005,7 @@ _RESERVE = 32  #: descriptors left for the host program, unless told otherwise
 
 
 def _room(limit):
-    """Return max_connections; None: what the process may open, less some."""
+    """Return max_connections; None: the process's limit, less some."""
     if limit is not None:
         return _number(limit, "max_connections", 1, sys.maxsize, whole=True)
     if resource is None:  # pragma: no cover (Windows has no such limit)
@@ -4063,7 +4063,7 @@ class TcpOps(SpecFunctions):
     send_timeout         seconds without progress of the queue
     message_timeout      seconds from a message's first byte to its last, and
                          for a framing's handshake
-    max_connections      None: what the process may open, less a reserve
+    max_connections      None: the limit of descriptors, less a reserve
     max_message          bytes
     max_write_buffer     bytes queued, for each connection
     linger               seconds for the peer's FIN after ours; 0: not at all
@@ -4185,7 +4185,7 @@ class TcpOps(SpecFunctions):
                 server_hostname=None):
         """Start to connect; return the conid.
 
-        tls is an ssl.SSLContext for clients, which says what is verified;
+        tls is an ssl.SSLContext for clients, which decides how to verify;
         server_hostname is the name in the certificate where it is not host.
         An event reports the outcome: tcp:opened, or an end.  Payloads sent
         meanwhile are queued.  The lookup of a name may block; its addresses
@@ -4343,7 +4343,7 @@ class TcpOps(SpecFunctions):
     next_deadline = _part("_reactor", Reactor.next_deadline)
 
     def drain(self, timeout):
-        """Stop accepting, deliver and send what waits, end every connection.
+        """Stop accepting, empty the queues, and end every connection.
 
         Returns when all have ended, after timeout seconds (of real time) at
         the latest.  Their reason is "shutdown", or "reset" after an RST.
@@ -4425,7 +4425,7 @@ class TcpOps(SpecFunctions):
 
 # ---------------------------------------------------------------------------
 # 21. The command line
-# A program on the public names, like any other.  What it prints waits for no
+# A program on the public names, like any other.  Its output waits for no
 # reader: one that stops reading would stop the loop, and every connection.
 
 import argparse
@@ -4475,7 +4475,7 @@ _PLAIN_DETAILS = ("FIN from the peer", "closed by conid", "drained")
 class _Output(logging.Handler):
     """Writes lines, and the log, to a stream from a thread of its own.
 
-    Who has a line never waits: what the queue has no room for is counted.
+    Its callers never wait: lines for which there is no room are counted.
     """
 
     def __init__(self, stream, failed=lambda: None):
@@ -4494,7 +4494,7 @@ class _Output(logging.Handler):
         self.line(self.format(record))
 
     def line(self, text):
-        """Write a line: over a prompt and what is being typed."""
+        """Write a line: over a prompt and the words being typed."""
         self.write(f"{self.prompt and _ERASE}{text}\n{self.prompt}")
 
     def write(self, text):
@@ -4510,7 +4510,7 @@ class _Output(logging.Handler):
         self._thread.join(max(0, timeout))
 
     def _run(self):
-        """Write what is queued, and at each gap how many lines it lacks."""
+        """Write the queue, and at each gap how many lines it lacks."""
         told, entry = 0, (0, "")
         while entry:
             entry = self._queue.get()
@@ -4519,7 +4519,7 @@ class _Output(logging.Handler):
                 text = (f"({lost - told} lines are missing here: no one read"
                         f" them in time)\n{text}")
                 told = lost
-            # What the encoding lacks is no reason to lose the line.
+            # A character that the encoding lacks must not lose the line.
             data = text.encode(self._encoding, "backslashreplace")
             try:
                 while data and self._file is not None:

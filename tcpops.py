@@ -3691,7 +3691,6 @@ class Listener:
             sock.setblocking(False)
             if local[0] in ("0.0.0.0", "::"):  # so each has its own
                 local = _peer_key(sock.getsockname())
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         except BaseException as error:
             if not isinstance(error, OSError) or _is_signal(error):
                 sock.close()
@@ -4165,6 +4164,8 @@ class TcpOps(SpecFunctions):
             raise OSError(error.errno, os.strerror(error.errno)) from None
         try:
             sock.setblocking(False)
+            # Accepted sockets inherit it.
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             proto = "tcp" if trial is None else trial.proto
             return Listener(plan, sock, proto, backlog).conid
         except BaseException:

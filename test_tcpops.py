@@ -7831,12 +7831,12 @@ class TestLoop:
                 monkeypatch.setattr(tcpops, "_socket_for", lambda *_:
                                     signal.raise_signal(signal.SIGUSR1))
         elif where == "accepted":
-            real = socket.socket.setsockopt
+            real = socket.socket.setblocking
 
             def interrupt(*args):
                 monkeypatch.undo()
                 signal.raise_signal(signal.SIGUSR1)
-            monkeypatch.setattr(socket.socket, "setsockopt", interrupt,
+            monkeypatch.setattr(socket.socket, "setblocking", interrupt,
                                 raising=False)
             world.socks.append(socket.create_connection(
                 ("127.0.0.1", world.port)))

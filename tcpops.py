@@ -2516,7 +2516,8 @@ class Reactor:
         except BaseException as error:
             self._interrupted(error)
             raise
-        self.excuse()
+        if self.clock() - self._looked > _BUSY:
+            self.excuse()
         return handled - self.waker.count
 
     def _interrupted(self, error):
@@ -3483,8 +3484,7 @@ class Connection:
         if self.failed:
             return
         if fin and not left:
-            self._leave(left)
-            return
+            return self._leave(left)
         if self.phase is _OPEN:
             self.enter(_SENDING_REST)
         try:

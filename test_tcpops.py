@@ -6997,7 +6997,12 @@ class TestLoop:
         """The same, seen from inside: nothing shared is touched."""
         sock, conid = world.client()
         world.ops.call_soon(print)
-        world.ops._abandon()
+        left, right = socket.socketpair()
+        world.ops.attend(left, selectors.EVENT_READ, print)
+        with left, right:
+            attended = world.ops._reactor._selector.get_key(left).data
+            world.ops._abandon()
+            assert attended.call is None  # a batch may still hold it
         assert world.ops._reactor.closing and not world.ends()
         assert world.ops.tcp_conid_state(conid) is State.NOT_FOUND
         world.ops._table.ended["shutdown"] += 1  # told nobody, counted nowhere

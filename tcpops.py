@@ -4360,7 +4360,7 @@ class TcpOps(SpecFunctions):
                 conns = self._connections()
                 while self._table.sockets and time.monotonic() < end:
                     conns = self._end_connections(conns, cause, _SEND_REST)
-                    self.step(0 if conns else max(0, end - time.monotonic()))
+                    self.step(max(0, end - time.monotonic()))
                 self._end_connections(self._connections(), cause)
                 while self._handlers.events:
                     self.step(0)

@@ -12296,6 +12296,20 @@ class TestRoomForOthers:
 class TestDrainAndClose:
     """What the loop has received, and who waits to be accepted."""
 
+    def test_a_drain_beside_one_that_does_not_read_costs_nothing(
+            self, make_world):
+        """Its queue is over the limit: its messages wait for that."""
+        world = make_world(framing="line", max_write_buffer=1000)
+        sock, conid = world.client()
+        world.on_message = lambda msg: msg.reply(bytes(8 << 20))
+        sock.sendall(b"one\ntwo\n")
+        world.until(lambda: world.messages)
+        before = time.process_time()
+        world.ops.drain(0.5)
+        assert time.process_time() - before < 0.2
+        assert world.ends(conid)[0].reason == "shutdown"
+        assert "4 bytes not delivered" in world.ends(conid)[0].detail
+
     LINES = [b"%d" % n for n in range(1000)]
     #: A segment of many messages, and the beginning of another one.
     SEGMENTS = {

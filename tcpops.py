@@ -2893,7 +2893,7 @@ class Messages:
             detail = _words(error)
         elif isinstance(error, (SystemExit, KeyboardInterrupt)) or _is_signal(
                 error):
-            handlers.leaving = error
+            handlers.leaving = handlers.leaving or error
             return self.postpone()
         else:
             handlers.raised(error, f"framing {conn.plan.name}", conn)

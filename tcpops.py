@@ -59,6 +59,7 @@ call_soon may be).
 # ---------------------------------------------------------------------------
 # 1. Imports and public names
 
+import array
 import collections
 import contextlib
 import copy
@@ -668,8 +669,9 @@ def _in_kernel(sock, request):
     (TIOCOUTQ); None where none can tell.
     """
     try:
-        return int.from_bytes(fcntl.ioctl(sock.fileno(), request, b"\0" * 4),
-                              sys.byteorder)
+        count = array.array("i", (0,))
+        fcntl.ioctl(sock, request, count)
+        return count[0]
     except (AttributeError, OSError, ValueError):  # no fcntl; not a socket
         return None
 
@@ -2028,7 +2030,7 @@ class Handlers:
         if self.event_callback is not None:
             return self.event_callback, event.name
         handler = self._routes.get(event.name)
-        if handler is None and event.is_end:
+        if handler is None and _EVENTS[event.name]:
             handler = self._routes.get("tcp:closed")
         return handler, event
 
@@ -2062,7 +2064,7 @@ class Handlers:
                 self.raised(error, handler, conn)
             finally:
                 self.current = self.event = None
-                if event.is_end:
+                if _EVENTS[event.name]:
                     self._table.remove(conn)
             if self.leaving is not None:
                 break
@@ -3527,7 +3529,8 @@ class Connection:
         try:
             self._close(cut_short)
         finally:  # a signal handler may raise there
-            log.debug("conid %d has ended, %s: %s", self.conid, *cause[::2])
+            log.debug("conid %d has ended, %s: %s",
+                      self.conid, cause.reason, cause.detail)
             plan.table.count_end(self)
             mode = plan.handlers.closed_event
             if mode == 1 or mode == 2 and self.wants_event:

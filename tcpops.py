@@ -324,20 +324,70 @@ def _payload(payload):
     return bytes(payload)
 
 
-_ADDRESS = re.compile(r"(?:\[([^\[\]]+)\]|([^\[\]:;?@\s]+))(?::([0-9]{1,5}))?",
-                      re.ASCII)
+class _NoHost(socket.gaierror, _ArgumentError):
+    """A host that can be none: a wrong argument, and no name to look up."""
+
+
+def _literal(text):
+    """Return an address as the kernel writes it, IPv4 if mapped, or None."""
+    with contextlib.suppress(OSError):
+        if ":" not in text:
+            return socket.inet_ntoa(socket.inet_aton(text))  # "127.1", too
+        return re.sub(r"^::ffff:(?=\d+\.)", "", socket.inet_ntop(
+            socket.AF_INET6, socket.inet_pton(socket.AF_INET6, text)))
+    return None
+
+
+def format_address(host, port):
+    """Return "host:port", with brackets around an IPv6 address."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+class Host(NamedTuple):
+    """A host and a port, in a form for each of those that they go to."""
+
+    lookup: str  #: for getaddrinfo: the IDNA form, with a zone
+    port: int
+    tls: str     #: for SNI and the certificate: no zone, no dot at the end
+
+    @classmethod
+    def of(cls, text, port=0):
+        """Take a host apart.  ValueError; TypeError if it is no str."""
+        name, port = "", _number(port, "port", 0, 65535, whole=True)
+        with contextlib.suppress(UnicodeError):  # a label: empty or too long
+            name = str.encode(text, "idna").decode()
+        # A NUL would cut it short, a CR LF end a line of a request.
+        if not re.fullmatch("[!-~]{1,254}", name):
+            raise _NoHost(socket.EAI_NONAME,
+                          f"not a host name: {reprlib.repr(text)}")
+        name, percent, zone = name.partition("%")
+        address = _literal(name)
+        return cls((address or name) + percent + zone, port,
+                   address or name.lower().rstrip("."))
+
+    def http(self, tls):
+        """Return HTTP's Host: no zone, and not the scheme's own port."""
+        return re.sub(":443$" if tls else ":80$", "", format_address(
+            self.lookup.partition("%")[0], self.port))
+
+
+_ADDRESS = re.compile(
+    r"(?:\[([^\[\]:]*:[^\[\]]*)\]|([^\[\]:;?@\s]+))(?::([0-9]{1,5}))?")
 #: Parsers of URIs by scheme; each returns a tuple as _parse_host does.
 _SCHEMES = {}
+#: Where a connection to a wildcard address goes.
+LOOPBACKS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
-def _parse_host(text, default=5060):
-    """Return (host, port, None) of "host:port"; None if it is not that."""
+def _parse_host(text, default=5060, protos=None, framing=None):
+    """Return _parse_uri's answer for "host:port"; None if it is not that."""
     match = _ADDRESS.fullmatch(text)
-    return match and (match[1] or match[2], int(match[3] or default), None)
+    return match and (match[1] or match[2], int(match[3] or default), protos,
+                      framing)
 
 
 def _parse_uri(address, lowest_port=1):
-    """Return (host, port, protos or None) of an address."""
+    """Return (host, port, protos or None, framing or None) of an address."""
     if isinstance(address, str):
         scheme = address.partition(":")[0].lower()
         found = _SCHEMES.get(scheme, _parse_host)(address)
@@ -357,36 +407,23 @@ def parse_address(address, lowest_port=1):
     return _parse_uri(address, lowest_port)[:2]
 
 
-def format_address(host, port):
-    """Return "host:port", with brackets around an IPv6 address."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
 def _resolve(host, port, passive=False):
-    """Return [(family, address), ...] of a host; a name blocks on its lookup.
+    """Return [(family, address), ...] of a Host's two; a name may block.
 
     An address comes back in the form in which the kernel writes it.
     """
-    port = _number(port, "port", 0, 65535, whole=True)
-    flags = socket.AI_PASSIVE if passive else 0
-    try:
-        if re.search(r"[\0-\x20\x7f]", host or ""):
-            # A NUL would cut the name short, a CR LF end a line of a request.
-            raise UnicodeError("a blank or a control character")
-        found = socket.getaddrinfo(host or None, port,
-                                   type=socket.SOCK_STREAM, flags=flags)
-    except UnicodeError as error:
-        raise _ArgumentError(
-            f"not a host name: {reprlib.repr(host)} ({error})") from None
-    return [(family, address) for family, _, _, _, address in found]
+    host = host if passive else LOOPBACKS.get(host, host)
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return list(dict.fromkeys(
+        (family, address) for family, _, _, _, address in found))
 
 
 def _peer_key(address):
-    """Return (host, port), with the zone of a link-local host (RFC 4007)."""
+    """Return (host, port): IPv4 though mapped, with a zone if link-local."""
     if len(address) == 2:
         return address
-    host = address[0].partition("%")[0]
-    if address[3] and re.match("fe[89ab]", host):
+    host = _literal(address[0].partition("%")[0])
+    if address[3] and re.match("fe[89ab][^:]:", host):
         # Not if_indextoname, which PyPy lacks.
         host = socket.getnameinfo(
             (host, *address[1:]),
@@ -819,7 +856,7 @@ class Framing:
     def begin(self, host):
         """Append the protocol's opening bytes, if any, to output.
 
-        Called once connected; host is the "host:port" given to connect.
+        Called once connected; host is connect's, as HTTP's Host has it, or "".
         """
 
     def receive(self, data):
@@ -1087,8 +1124,7 @@ _URI = re.compile(
 #: None for all, and the default port (RFC 3261, 19.1.2; RFC 7118).
 _TRANSPORTS = {
     "sip": (None, 5060), "sips": (("tls", "wss"), 5061),
-    "sip;transport=tcp": (("tcp",), 5060),
-    "sip;transport=ws": (("ws",), 80),
+    "sip;transport=tcp": (("tcp",), 5060), "sip;transport=ws": (("ws",), 80),
     **dict.fromkeys(("sip;transport=tls", "sips;transport=tls",
                      "sips;transport=tcp"), (("tls",), 5061)),
     **dict.fromkeys(("sip;transport=wss", "sips;transport=wss",
@@ -1097,7 +1133,7 @@ _TRANSPORTS = {
 
 
 def _parse_sip_uri(uri):
-    """Return (host, port, protos or None) of a SIP URI; None for a wrong one.
+    """Return what _parse_uri does for a SIP URI; None for a wrong one.
 
     One that asks for TLS, or for a way that is not ours, must not be served by
     another one: it is refused.
@@ -1110,8 +1146,7 @@ def _parse_sip_uri(uri):
                        re.sub(r"\s", "", parameters))
     protos, port = _TRANSPORTS.get(
         ";".join((match["scheme"].lower(), *named)), (None, None))
-    found = port and _parse_host(match["host"], port)
-    return found and (*found[:2], protos)
+    return port and _parse_host(match["host"], port, protos, SipFraming)
 
 
 _SCHEMES.update(sip=_parse_sip_uri, sips=_parse_sip_uri)
@@ -1938,6 +1973,13 @@ class Table:
                 held = self._by_peer[conn.peer] = {held.conid: held}
             held[conn.conid] = conn
 
+    def move_peer(self, conn, peer):
+        """Make a connection known by another address instead."""
+        if peer != conn.peer:
+            self.remove_peer(conn)
+            conn.peer = peer
+            self.add_peer(conn)
+
     def remove_peer(self, conn):
         """Undo add_peer."""
         held = self._by_peer.get(conn.peer)
@@ -1946,20 +1988,11 @@ class Table:
         if held is conn or held == {}:
             del self._by_peer[conn.peer]
 
-    def _of_peer(self, peer):
+    def of_peer(self, peer):
+        """Return the connections with a peer, the youngest first."""
         held = self._by_peer.get(peer, {})
         return (reversed(held.values()) if isinstance(held, dict)
                 else [held])
-
-    def holds(self, peer, local):
-        """Say whether there is a connection of these two addresses."""
-        return any(conn.local == local for conn in self._of_peer(peer))
-
-    def find_peer(self, peer, protos):
-        """Return the youngest connection with a peer, of protos if given."""
-        return next((conn for conn in self._of_peer(peer)
-                     if not conn.failed and conn.cause is None
-                     and (protos is None or conn.proto in protos)), None)
 
 # ---------------------------------------------------------------------------
 # 13. Handlers
@@ -2117,8 +2150,6 @@ _LONGEST_WAIT = 86400  #: seconds; epoll counts milliseconds in 31 bits
 _SPIN = 100  #: turns in which a descriptor was ready, and nothing came of it
 _SUSPENSION = 0.1  #: seconds
 _BUSY = 0.1  #: seconds of not looking that no peer is blamed for
-
-
 
 _BORDERS = set()  #: code that calls the program's, or waits: see section 20
 
@@ -2284,7 +2315,6 @@ class Reactor:
             owner.events = 0
             raise OSError(number, os.strerror(number)) from None
 
-
     def _lose(self, owner, number):
         """Let an owner see in work() that its descriptor is no more."""
         self._empty_waits = 1
@@ -2353,7 +2383,6 @@ class Reactor:
             os.fstat(sock.fileno())
         except (OSError, AttributeError):  # closed already, or a number
             self._empty_waits = 1
-
 
     def holds(self, sock):
         """Say whether a socket is registered, by its owner."""
@@ -2652,24 +2681,24 @@ class Plan:
                  "host", "listener")
 
     def __init__(self, handlers, table, reactor, settings, origin, framing,
-                 tls=None, server_hostname=None, address=None):
+                 tls=None, tls_name=None, host=None):
         self.handlers, self.table, self.reactor = handlers, table, reactor
         self.origin = origin       #: "accept", "connect" or "attach"
         self.listener = None       #: the listener's conid
-        #: The address that connect was called with, "host:port".
-        self.host = "" if address is None else format_address(*address)
+        #: The address that connect was called with: see Framing.begin.
+        self.host = host.http(tls is not None) if host else ""
         self.name, self.factory = self._framing(framing)
         self.context = tls         #: an ssl.SSLContext, None: no TLS
         if tls is not None:
             if "tls" not in _LAYERS:
                 raise ValueError("there is no TLS: its section was cut out of"
                                  " this copy of the file")
-            _LAYERS["tls"].check_context(tls, client=address is not None)
-            if address is not None and server_hostname is None:
-                server_hostname = address[0]
-        elif server_hostname is not None:
+            _LAYERS["tls"].check_context(tls, client=host is not None)
+            host = host if tls_name is None else Host.of(tls_name)
+        elif tls_name is not None:
             raise ValueError("server_hostname is for TLS")
-        self.server_hostname = server_hostname
+        #: The name that the peer's certificate must have, if it has one.
+        self.server_hostname = host and host.tls
         self.settings = settings
         self.recv_size = min(_RECV_SIZE, settings.max_message)
 
@@ -2816,9 +2845,8 @@ class Opening:
             with contextlib.suppress(OSError):  # closed behind our back
                 reactor.watch(conn, 0)
             reactor.close(conn.sock)
-            table.remove_peer(conn)
-            conn.sock, conn.peer = sock, _peer_key(address)
-            table.add_peer(conn)
+            conn.sock = sock
+            table.move_peer(conn, _peer_key(address))
             if conn.keepalive is not None:
                 set_keepalive(sock, conn.keepalive)
             number = sock.connect_ex(address)
@@ -2830,8 +2858,8 @@ class Opening:
         conn = self.conn
         if self.errno is None and not conn.failed:
             state, number, _ = _look(conn.sock)
-            if state is _OK or number is None:
-                return State.CONNECT  # success, too, is for the turn to see
+            if state is _OK or number is None:  # success: the turn sees it
+                return _EOF if state is _EOF else State.CONNECT
             self.errno = number
             had_succeeded = number in _ENDED_SINCE
             if had_succeeded or not self.addresses:
@@ -2845,7 +2873,9 @@ class Opening:
         sock, number, self.errno = self.conn.sock, self.errno, None
         if number is None:
             try:
-                if sock.getpeername() == sock.getsockname():
+                peer = sock.getpeername()
+                self.conn.plan.table.move_peer(self.conn, _peer_key(peer))
+                if peer == sock.getsockname():
                     # Nothing listens, and the kernel took that very port as
                     # ours: TCP connects a socket with itself (RFC 9293, 3.5).
                     _reset(sock)
@@ -3958,7 +3988,8 @@ class SpecFunctions:
         """Return the conid of a live connection with a peer, or FAILURE (-1).
 
         address is as for parse_address; a name in it blocks on its look-up.
-        Of several connections with that peer it is the youngest.
+        Of several it is the youngest that is open, or else will be.  One with
+        TLS is found by its address and by the name that it was made for.
         """
         conn = self._peer(*_parse_uri(address))
         return Result.FAILURE if conn is None else conn.conid
@@ -3966,8 +3997,7 @@ class SpecFunctions:
     @_script_function("address")
     def tcp_con_alive(self, address):
         """Return SUCCESS if there is a usable connection with a peer."""
-        conn = self._peer(*_parse_uri(address))
-        return _SUCCESS if conn is not None and state_of(conn) else _FAILURE
+        return _SUCCESS if self._peer(*_parse_uri(address)) else _FAILURE
 
     @_script_function("conid")
     def tcp_set_otcpid(self, conid):
@@ -3989,10 +4019,18 @@ class SpecFunctions:
             raise _ArgumentError("only in the handler of a message")
         return handlers.outbound
 
-    def _peer(self, host, port, protos):
-        found = (self._table.find_peer(_peer_key(address), protos)
-                 for _, address in _resolve(host, port))
-        return next(filter(None, found), None)
+    def _peer(self, host, port, protos, *_):
+        """Return the connection that tcp_get_conid names, or None."""
+        host = Host.of(host, port)
+        peers = [_peer_key(it) for _, it in _resolve(*host[:2])]
+        return next((
+            conn for is_open in (True, False) for peer in peers
+            for conn in self._table.of_peer(peer)
+            if (conn.phase is _OPEN) is is_open and conn.usable()
+            and (protos is None or conn.proto in protos)
+            and (conn.plan.context is None or _literal(host.tls)
+                 or conn.plan.server_hostname == host.tls)
+            and state_of(conn)), None)
 
 # ---------------------------------------------------------------------------
 # 20. TcpOps
@@ -4154,12 +4192,14 @@ class TcpOps(SpecFunctions):
         framing is a name in FRAMINGS or a subclass of Framing, tls an
         ssl.SSLContext for servers, with its certificate.  host is an address
         or a name ("" for every IPv4 address, "::" for every IPv6 one), port 0
-        lets the system choose: see connection(conid).Rp.  Raises OSError.
+        lets the system choose: see connection(conid).Rp.  Of a name's
+        addresses the first is bound, the others are logged.  Raises OSError.
         """
+        where = Host.of(host or "0.0.0.0", port)[:2]
         plan = self._plan("accept", framing, tls)
         trial = plan.build()
         self._check_taking(room=False)
-        family, address = _resolve(host or "0.0.0.0", port, passive=True)[0]
+        (family, address), *others = _resolve(*where, passive=True)
         try:
             sock = socket.create_server(address, family=family,
                                         backlog=backlog, reuse_port=reuse_port)
@@ -4170,6 +4210,8 @@ class TcpOps(SpecFunctions):
             # Accepted sockets inherit it.
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             proto = "tcp" if trial is None else trial.proto
+            for _, other in others:
+                log.warning("listen: %s, of %s, is not bound", other[0], host)
             return Listener(plan, sock, proto, backlog).conid
         except BaseException:
             sock.close()
@@ -4194,11 +4236,11 @@ class TcpOps(SpecFunctions):
         An event reports the outcome: tcp:opened, or an end.  Payloads sent
         meanwhile are queued.  The lookup of a name may block; its addresses
         are tried in turn, all within connect_timeout.  Raises OSError (no such
-        name, no descriptor), ValueError (not a name).
+        name, no descriptor), ValueError (not a name; this is both).
         """
-        plan = self._plan("connect", framing, tls, server_hostname,
-                          (host, port))
-        addresses = _resolve(host, port)
+        host = Host.of(host, port)
+        plan = self._plan("connect", framing, tls, server_hostname, host)
+        addresses = _resolve(*host[:2])
         layer = plan.build()
         self._check_taking()
         sock, address, others = _socket_for(addresses, self._table)
@@ -4226,7 +4268,8 @@ class TcpOps(SpecFunctions):
                              f" not {reprlib.repr(sock)}")
         peer = _peer_key(sock.getpeername())
         local = _peer_key(sock.getsockname())
-        if self._table.holds(peer, local) or self._reactor.holds(sock):
+        if self._reactor.holds(sock) or any(
+                conn.local == local for conn in self._table.of_peer(peer)):
             raise ValueError(f"{sock!r} is attached already")
         if _tcp_state(sock) in _TCP_SHUT:
             raise ValueError(f"{sock!r} is shut down for writing")
@@ -4267,9 +4310,9 @@ class TcpOps(SpecFunctions):
         """Send payload to a peer; return a Result.
 
         On the connection that tcp_set_otcpid names, if the flag is on; else
-        on one with that peer; else on a new one of plain TCP, with the
-        framing of the current message.  address is as for parse_address: a
-        URI may allow only some transports.  Raises TypeError as send does.
+        on the one that tcp_get_conid names; else on a new one of plain TCP, if
+        the URI allows that, with the framing of the current message: SIP's if
+        that is WebSocket's, to a SIP URI.  Raises TypeError as send does.
         """
         payload = _payload(payload)
         conn = self._way_to(address)
@@ -4278,10 +4321,12 @@ class TcpOps(SpecFunctions):
     @_script_function("address", None, "forward")
     def _way_to(self, address):
         """Return the connection for forward, or None after a log line."""
-        host, port, protos = _parse_uri(address)
+        host, port, protos, framing = _parse_uri(address)
         outbound = self._handlers.outbound
         if outbound.get("heed") and "conid" in outbound:
             conn = self._usable(outbound["conid"])
+            if not state_of(conn):
+                raise _ArgumentError(f"connection {conn.conid} is dead")
         else:
             conn = self._peer(host, port, protos)
         proto = "tcp" if conn is None else conn.proto
@@ -4294,7 +4339,8 @@ class TcpOps(SpecFunctions):
             except RuntimeError as error:
                 raise _ArgumentError(error) from None
             current = self._handlers.current
-            framing = current.plan.factory if current is not None else None
+            if not (framing and current) or current.proto in ("tcp", "tls"):
+                framing = current and current.plan.factory
             conn = self._table.get(
                 self.connect(host, port, framing=framing or "raw"))
         return conn
@@ -4641,8 +4687,7 @@ class _Program:
         if info.origin == "connect":
             self._out.line(f"connecting to {format_address(*address)} {how}")
             return
-        # A wildcard address is none to connect to.
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(info.Ri, info.Ri)
+        host = LOOPBACKS.get(info.Ri, info.Ri)
         client = _CLIENTS.get(info.framing, "nc {} {}").format(
             host, info.Rp, format_address(host, info.Rp))
         client += "; type help for commands" if console else ""

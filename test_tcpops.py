@@ -780,7 +780,7 @@ class TestCut:
             assert framing.message is module.TextMessage
 
     def test_the_shortest_file(self):
-        assert cut(*self.LEAVES).count("\n") <= 3650
+        assert cut(*self.LEAVES).count("\n") <= 3700
 
     def test_the_order_does_not_matter(self):
         assert cut("sip", "cli") == cut("cli", "sip", "cli")
@@ -919,6 +919,228 @@ class TestAddresses:
                 tcpops.parse_address(uri)
         else:
             assert tcpops.parse_address(uri) == ("h", port)
+
+
+@pytest.fixture
+def names(monkeypatch):
+    """A dict of names to add, each with the addresses that it gets."""
+    known, real = {}, socket.getaddrinfo
+
+    def getaddrinfo(host, *args, **how):
+        return [found for address in known.get(host, [host])
+                for found in real(address, *args, **how)]
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    return known
+
+
+#: Texts that can be no host.
+NO_HOSTS = ["a..b", ".", "..", ".example.org", "x" * 64 + ".org", "x." * 128,
+            "\xe9" * 60 + ".org", "\ud800", "a\u3000b", "fe80::1%" + "x" * 60]
+
+
+class TestAddressForms:
+    """The resolver, TLS and HTTP: each gets a host in the form for it."""
+
+    @pytest.mark.parametrize("host, lookup, tls, http", [
+        ("example.org", *["example.org"] * 3),
+        ("Example.Org.", "Example.Org.", "example.org", "Example.Org."),
+        ("b\xfccher.example", *["xn--bcher-kva.example"] * 3),
+        ("a\u3002example", *["a.example"] * 3),
+        ("127.0.0.1", *["127.0.0.1"] * 3),
+        ("127.1", *["127.0.0.1"] * 3), ("0x7f.1", *["127.0.0.1"] * 3),
+        ("\uff11\uff12\uff17.0.0.1", *["127.0.0.1"] * 3),
+        ("::1", "::1", "::1", "[::1]"), ("0:0::0:1", "::1", "::1", "[::1]"),
+        ("2001:DB8::A", "2001:db8::a", "2001:db8::a", "[2001:db8::a]"),
+        ("fe80::1%Eth0", "fe80::1%Eth0", "fe80::1", "[fe80::1]"),
+        ("::ffff:127.0.0.1", *["127.0.0.1"] * 3),
+        ("::FFFF:7f00:1", *["127.0.0.1"] * 3),
+        ("::ffff:0:0:1", "::ffff:0:0:1", "::ffff:0:0:1", "[::ffff:0:0:1]")])
+    def test_the_forms_of_a_host(self, host, lookup, tls, http):
+        forms = tcpops.Host.of(host, 5060)
+        assert forms == (lookup, 5060, tls)
+        assert forms.http(True) == forms.http(False) == f"{http}:5060"
+        assert tcpops.Host.of(lookup, "5060") == forms
+
+    @pytest.mark.parametrize("port, tls, left", [
+        (80, False, ""), ("80", False, ""), (443, True, ""),
+        (80, True, ":80"), (443, False, ":443"), (8080, False, ":8080"),
+        (8443, True, ":8443")])
+    @pytest.mark.parametrize("host, shown", [
+        ("example.org", "example.org"), ("::1", "[::1]"), ("::80", "[::80]")])
+    def test_http_leaves_the_default_port_out(self, host, shown, port, tls,
+                                              left):
+        assert tcpops.Host.of(host, port).http(tls) == shown + left
+
+    @pytest.mark.parametrize("host", NO_HOSTS + ["", " "])
+    def test_no_host_is_both_errors_and_never_a_unicode_error(
+            self, world, logged, host):
+        calls = [lambda: world.ops.connect(host, 9)]
+        calls += [lambda: world.ops.listen(host, 0)] if host else []
+        for call in calls:
+            with pytest.raises(OSError, match="not a host name") as caught:
+                call()
+            assert isinstance(caught.value, ValueError)
+            assert not isinstance(caught.value, UnicodeError)
+            assert caught.value.errno == socket.EAI_NONAME
+        assert world.ops.forward(f"{host}:9", b"x") == -1
+        assert world.ops.tcp_get_conid(f"{host}:9") == -1
+        assert len(logged) == 2 and not world.ops.stats()["begun"]
+
+    @needs_tls
+    @pytest.mark.parametrize("host", NO_HOSTS + ["", " ", "\0"])
+    def test_no_host_in_a_certificate(self, world, host):
+        for error in (OSError, ValueError):
+            with pytest.raises(error, match="not a host name"):
+                world.ops.connect("127.0.0.1", 9, tls=contexts()[1],
+                                  server_hostname=host)
+        assert not world.ops.stats()["begun"]
+
+    @pytest.mark.parametrize("host", [None, 5, b"127.0.0.1", ["::1"]])
+    def test_another_type_is_a_type_error(self, world, host):
+        with pytest.raises(TypeError):
+            world.ops.connect(host, 9)
+        with pytest.raises(TypeError):
+            world.ops.listen(host or 5, 0)
+
+    @pytest.mark.parametrize("port", [-1, 65536, "x", None, 1.5, True])
+    def test_a_wrong_port_is_a_value_error(self, world, port):
+        for method in (world.ops.connect, world.ops.listen):
+            with pytest.raises(ValueError, match="port must be"):
+                method("127.0.0.1", port)
+
+    @pytest.mark.parametrize("text", [
+        "[name]:5060", "[127.0.0.1]:5060", "[name]", "[a]b]:1", "[[::1]]:1",
+        pytest.param("sip:[name]:5060", marks=needs_sip),
+        pytest.param("sips:u@[10.0.0.1]", marks=needs_sip)])
+    def test_brackets_are_for_ipv6(self, world, logged, text):
+        with pytest.raises(ValueError, match="address must be"):
+            tcpops.parse_address(text)
+        assert world.ops.tcp_con_alive(text) == -1 and len(logged) == 1
+
+    @needs_tls
+    @pytest.mark.parametrize("host, named, sni", [
+        ("localhost", None, "localhost"), ("localhost.", None, "localhost"),
+        ("LocalHost", None, "localhost"),
+        ("127.0.0.1", "localhost.", "localhost"), ("127.0.0.1", None, None),
+        ("::ffff:127.0.0.1", None, None), ("127.1", None, None)])
+    def test_the_name_that_tls_gets(self, make_world, names, host, named,
+                                    sni):
+        """In SNI, and compared with the certificate."""
+        server, client = contexts()
+        seen = []
+        server.sni_callback = lambda tls, name, context: seen.append(name)
+        world = make_world(tls=server)
+        names[host] = ["127.0.0.1"]
+        conid = world.ops.connect(host, world.port, tls=client,
+                                  server_hostname=named)
+        world.until(lambda: any(e.conid == conid for e in world.events))
+        assert world.events[-1].opened and seen == [sni]
+
+    @needs_ws
+    @pytest.mark.parametrize("host, shown", [
+        ("localhost.", b"localhost."), ("127.1", b"127.0.0.1"),
+        ("b\xfccher.example", b"xn--bcher-kva.example")])
+    def test_the_host_that_http_gets(self, world, names, host, shown):
+        names[tcpops.Host.of(host).lookup] = ["127.0.0.1"]
+        server = world.server()
+        port = server.getsockname()[1]
+        world.ops.connect(host, str(port), framing="ws")
+        peer = world.accept(server)
+        world.ops.step(5)
+        assert b"\r\nHost: %s:%d\r\n" % (shown, port) in peer.recv(9999)
+
+    def test_a_framing_gets_it_without_the_default_port(self, world,
+                                                        monkeypatch):
+        begun = []
+        framing = type("Noting", (tcpops.LineFraming,), {
+            "begin": lambda self, host: begun.append(host)})
+        server = world.server()
+        monkeypatch.setattr(tcpops, "_resolve", lambda host, port: [
+            (socket.AF_INET, server.getsockname())])
+        for port in (80, "80", 443):
+            world.ops.connect("example.org", port, framing=framing)
+            world.accept(server)
+        world.until(lambda: len(begun) == 3)
+        assert begun == ["example.org", "example.org", "example.org:443"]
+
+    def test_listen_says_what_it_has_not_bound(self, world, names, logged):
+        names["several"] = ["127.0.0.1", "::1", "127.0.0.1", "127.0.0.2"]
+        names["one"] = ["127.0.0.1"] * 2
+        for host in ("one", "127.0.0.1", ""):
+            world.ops.listen(host, 0)
+        assert not logged
+        world.ops.listen("several", 0)
+        assert world.ops.listeners()[-1].Ri == "127.0.0.1"
+        assert logged == ["listen: ::1, of several, is not bound",
+                          "listen: 127.0.0.2, of several, is not bound"]
+
+
+class TestAddressOfPeers:
+    """A peer is known by one address, whatever way it is written."""
+
+    @pytest.mark.parametrize("address, key", [
+        (("::ffff:127.0.0.1", 5, 0, 0), ("127.0.0.1", 5)),
+        (("::ffff:10.1.2.3", 5, 7, 0), ("10.1.2.3", 5)),
+        (("::ffff:0:1", 5, 0, 0), ("0.0.0.1", 5)),
+        (("::ffff:0:0:1", 5, 0, 0), ("::ffff:0:0:1", 5)),
+        (("fe8::1", 5, 0, 1), ("fe8::1", 5))])
+    def test_the_key_of_a_socket_s_address(self, address, key):
+        assert tcpops._peer_key(address) == key
+
+    @pytest.mark.skipif(not socket.has_dualstack_ipv6(),
+                        reason="no socket serves both families")
+    def test_ipv4_over_an_ipv6_socket(self, world):
+        with socket.create_server(("::", 0), family=socket.AF_INET6,
+                                  dualstack_ipv6=True) as server:
+            port = server.getsockname()[1]
+            sock = socket.create_connection(("127.0.0.1", port))
+            taken = world.accept(server)
+        world.socks.append(sock)
+        conid = world.ops.attach(taken)
+        with pytest.raises(ValueError, match="attached already"):
+            world.ops.attach(taken)
+        local, peer = sock.getsockname(), sock.getpeername()
+        for shown in (world.talk(sock), world.ops.connection(conid),
+                      world.events[-1]):
+            assert (shown.si, shown.sp, shown.Ri, shown.Rp) == local + peer
+        for host in ("127.0.0.1", "[::ffff:127.0.0.1]", "[::FFFF:7F00:1]",
+                     "localhost", "127.1"):
+            assert world.ops.tcp_get_conid(f"{host}:{local[1]}") == conid
+
+    @pytest.mark.parametrize("asked, host", [
+        ("::ffff:127.0.0.1", "127.0.0.1"), ("0.0.0.0", "127.0.0.1"),
+        ("::", "::1"), ("127.1", "127.0.0.1")])
+    def test_connect_by_another_form(self, world, asked, host):
+        listener = world.ops.listen(host, 0)
+        port = world.ops.connection(listener).Rp
+        addresses = [tcpops.format_address(it, port) for it in (asked, host)]
+        conid = world.ops.connect(asked, port)
+        assert list(map(world.ops.tcp_get_conid, addresses)) == [conid] * 2
+        world.until(lambda: len(world.events) == 2)
+        assert {event.si for event in world.events} == {host}
+        assert list(map(world.ops.tcp_get_conid, addresses)) == [conid] * 2
+        assert world.ops.forward(addresses[0], b"x") == 1
+        world.until(lambda: world.messages)
+        assert len(world.ops.connections()) == 2
+
+    def test_the_kernel_says_with_whom_we_are_connected(self, world, names):
+        """It takes the wildcard address for loopback."""
+        names["nowhere"] = ["0.0.0.0"]
+        server = world.server()
+        port = server.getsockname()[1]
+        older = world.ops.connect("127.0.0.1", port)
+        conid = world.ops.connect("nowhere", port)
+        world.until(lambda: len(world.events) == 2)
+        assert [event.si for event in world.events] == ["127.0.0.1"] * 2
+        for found in (conid, older, -1):
+            assert world.ops.tcp_get_conid(f"127.0.0.1:{port}") == found
+            if found > 0:
+                world.ops.tcp_close_connection(found)
+        assert not world.ops._table._by_peer
+
+    def test_a_listener_on_a_mapped_address(self, world):
+        conid = world.ops.listen("::ffff:127.0.0.1", 0)
+        assert world.ops.connection(conid).Ri == "127.0.0.1"
 
 
 #: Values of each setting that raise ValueError, and one that does not.
@@ -2977,6 +3199,226 @@ class TestLaterReleases:
             assert world.ops.tcp_con_alive(uri) == -1
             assert world.ops.tcp_get_conid(uri) == -1
         assert not logged
+
+
+class TestLookupUsable:
+    """A look-up by address finds one that is usable, if there is one."""
+
+    @staticmethod
+    def two(world, **how):
+        """Return the address of a server, and (socket, conid) of two."""
+        server = world.server()
+        pairs = []
+        for younger in (False, True):
+            conid = world.ops.connect(*server.getsockname(),
+                                      **how if younger else {})
+            pairs.append((world.accept(server), conid))
+            world.until(lambda: younger or world.events)
+        return "%s:%d" % server.getsockname(), pairs
+
+    def test_open_before_connecting(self, world):
+        address, ((sock, older), (_, younger)) = self.two(world)
+        assert world.ops.connection(younger).phase == "connecting"
+        assert world.ops.tcp_get_conid(address) == older
+        assert world.ops.forward(address, b"x") == 1 and sock.recv(9) == b"x"
+        world.ops.tcp_close_connection(older)
+        assert world.ops.tcp_get_conid(address) == younger
+        assert world.ops.tcp_con_alive(address) == 1
+
+    @needs_ws
+    def test_open_before_a_handshake(self, world):
+        address, ((sock, older), (_, younger)) = self.two(world, framing="ws")
+        world.until(lambda: world.ops.connection(younger).phase
+                    == "handshake")
+        assert world.ops.tcp_get_conid(address) == older
+        world.ops.tcp_close_connection(older)
+        assert world.ops.tcp_get_conid(address) == younger
+
+    @pytest.mark.parametrize("end", ["fin", "rst", "fin behind data"])
+    @pytest.mark.parametrize("open_first", [True, False])
+    def test_alive_before_dead(self, world, end, open_first):
+        if end == "fin behind data" and not LINUX:
+            pytest.skip("only TCP_INFO shows it")
+        address, ((sock, older), (gone, younger)) = self.two(world)
+        if open_first:
+            world.until(lambda: len(world.events) == 2)
+            assert world.ops.tcp_get_conid(address) == younger
+        if end == "fin behind data":
+            gone.sendall(b"bye")
+        rst(gone) if end == "rst" else gone.close()
+        assert world.ops.tcp_con_alive(address) == 1
+        assert world.ops.tcp_get_conid(address) == older
+        assert world.ops.forward(address, b"x") == 1 and sock.recv(9) == b"x"
+        assert world.end(younger).reason == ("reset" if end == "rst"
+                                             else "eof")
+
+    @pytest.mark.parametrize("end", ["fin", "rst"])
+    @pytest.mark.parametrize("phase", ["connecting", "handshake", "open"])
+    def test_the_only_one_is_dead(self, world, end, phase):
+        """No one is found, and forward takes a new one."""
+        server = world.server()
+        conid = world.ops.connect(*server.getsockname(), framing=(
+            Greeting if phase == "handshake" else "raw"))
+        gone = world.accept(server)
+        world.until(lambda: world.ops.connection(conid).phase == phase)
+        if phase == "handshake":
+            assert gone.recv(9) == b"hi;"
+        rst(gone) if end == "rst" else gone.close()
+        address = "%s:%d" % server.getsockname()
+        assert world.ops.tcp_get_conid(address) == -1
+        assert world.ops.tcp_con_alive(address) == -1
+        assert world.ops.tcp_conid_state(conid) == (-3 if end == "rst"
+                                                    else -2)
+        assert world.ops.forward(address, b"hello") == 1
+        taken = world.accept(server)
+        event = world.end(conid)
+        assert event.reason == ("eof" if end == "fin" else "reset")
+        assert event.opened == (phase != "handshake")
+        world.until(lambda: select.select([taken], [], [], 0)[0])
+        assert taken.recv(9) == b"hello"
+
+    @needs_sip
+    @needs_tls
+    def test_a_dead_one_of_tls_is_no_way(self, make_world, logged):
+        """There forward makes no new one."""
+        server, client = contexts()
+        world = make_world(tls=server)
+        peer = Peer(world, client)
+        uri = "sips:127.0.0.1:%d" % peer.getsockname()[1]
+        conid = world.ops.tcp_get_conid(uri)
+        assert conid == world.events[-1].conid
+        peer.close()
+        assert world.ops.tcp_get_conid(uri) == -1 and not logged
+        assert world.ops.forward(uri, b"secret") == -1 and len(logged) == 1
+        assert world.ops.conids() == [conid]
+
+    def test_send_and_reply_write_to_a_peer_that_only_listens(self, world):
+        sock, conid = world.client()
+        results = []
+        world.on_message = lambda msg: results.append(msg.reply(b"reply"))
+        sock.sendall(b"x")
+        sock.shutdown(socket.SHUT_WR)
+        assert world.ops.tcp_conid_state(conid) is State.EOF
+        assert world.ops.send(conid, b"sent ") == 1
+        assert world.end(conid).reason == "eof" and results == [1]
+        assert sock.recv(99) == b"sent reply"
+
+    @pytest.mark.parametrize("end", ["fin", "rst"])
+    def test_otcpid_of_a_dead_one(self, world, logged, end):
+        sock, _ = world.client()
+        other, there = world.client()
+        results = []
+
+        def on_message(msg):
+            rst(other) if end == "rst" else other.close()
+            results.append(world.ops.tcp_set_otcpid(there))
+            world.ops.tcp_set_otcpid_flag(1)
+            results.append(world.ops.forward("127.0.0.1:9", b"x"))
+        world.on_message = on_message
+        world.talk(sock)
+        assert results == [1, -1]
+        assert logged == [f"forward: connection {there} is dead"]
+        assert world.end(there).bytes_out == 0
+
+    @needs_sip
+    @needs_tls
+    def test_tls_by_the_name_that_it_was_made_for(self, world, names, logged):
+        ops, server = world.ops, world.server()
+        host, port = server.getsockname()
+        names.update({name: [host] for name in (
+            "a.example", "b.example", "A.Example.")})
+        client = contexts()[1]
+        one = ops.connect("a.example", port, tls=client)
+        two = ops.connect(host, port, tls=client, server_hostname="b.example.")
+        for uri, found in (
+                (f"sips:a.example:{port}", one), (f"a.example:{port}", one),
+                (f"sip:u@A.Example.:{port};transport=tls", one),
+                (f"sips:b.example:{port}", two), (f"b.example:{port}", two),
+                (f"sips:localhost:{port}", -1), (f"localhost:{port}", -1),
+                (f"sips:{host}:{port}", two), (f"{host}:{port}", two)):
+            assert ops.tcp_get_conid(uri) == found
+            assert ops.tcp_con_alive(uri) == (1 if found > 0 else -1)
+        assert not logged
+        assert ops.forward(f"sips:localhost:{port}", b"x") == -1
+        assert len(ops.connections()) == 2
+        ops.tcp_close_connection(one)
+        assert ops.tcp_get_conid(f"sips:a.example:{port}") == -1
+        # For a plain one a name is an address.
+        plain = ops.connect("a.example", port)
+        assert ops.tcp_get_conid(f"b.example:{port}") == plain
+        assert ops.tcp_get_conid(f"sips:b.example:{port}") == two
+
+    @needs_sip
+    @needs_tls
+    def test_an_accepted_one_of_tls_by_its_address(self, make_world):
+        """It was made for no name of the peer's."""
+        server, client = contexts()
+        world = make_world(tls=server)
+        port = Peer(world, client).getsockname()[1]
+        conid = world.events[-1].conid
+        assert world.ops.tcp_get_conid(f"sips:127.0.0.1:{port}") == conid
+        assert world.ops.tcp_get_conid(f"sips:localhost:{port}") == -1
+
+    def test_the_addresses_of_a_name(self, world, names):
+        """One that is alive, whichever of them it has."""
+        names["both"] = ["127.0.0.2", "127.0.0.1"]
+        address, ((sock, _), (_, conid)) = self.two(world)
+        port = int(address.rpartition(":")[2])
+        with socket.create_server(("127.0.0.2", port)) as server:
+            other = world.ops.connect("127.0.0.2", port)
+            gone = world.accept(server)
+            world.until(lambda: len(world.events) == 3)
+            assert world.ops.tcp_get_conid(f"both:{port}") == other
+            gone.close()
+        assert world.ops.tcp_get_conid(f"both:{port}") == conid
+
+    @needs_sip
+    @needs_ws
+    @pytest.mark.parametrize("web", marked("ws", "wss"))
+    @pytest.mark.parametrize("uri", [
+        "sip:{};transport=tcp", "sip:{}", "SIP:u@{};transport=TCP;lr"])
+    def test_from_a_websocket_to_tcp(self, make_world, uri, web):
+        """SIP's framing, over plain TCP."""
+        server, client = contexts() if web == "wss" else (None, None)
+        world = make_world(framing="ws", tls=server)
+        target = world.server()
+        uri = uri.format("%s:%d" % target.getsockname())
+        world.on_message = lambda msg: (
+            msg.is_reply or world.ops.forward(uri, msg.data))
+        Peer(world, client, web=True).send(OPTIONS)
+        world.until(lambda: len(world.events) == 2)
+        assert (world.events[-1].proto, world.events[-1].origin) == (
+            "tcp", "connect")
+        sock = world.accept(target)
+        assert sock.recv(9999) == OPTIONS
+        sock.sendall(OPTIONS + OPTIONS)
+        world.until(lambda: len(world.messages) == 3)
+        assert [type(msg) for msg in world.messages[1:]] == [
+            tcpops.SipMessage] * 2
+        assert world.messages[-1].data == OPTIONS
+
+    @needs_sip
+    @needs_ws
+    @pytest.mark.parametrize("framing, address, expected", [
+        ("ws", "{}", "WebSocketFraming"), ("line", "{}", "LineFraming"),
+        ("line", "sip:{};transport=tcp", "LineFraming"),
+        ("raw", "sip:{};transport=tcp", "raw"), (None, "sip:{}", "raw")])
+    def test_else_with_the_framing_of_the_message(self, make_world, framing,
+                                                  address, expected):
+        world = make_world(framing=framing or "raw")
+        server = world.server()
+        address = address.format("%s:%d" % server.getsockname())
+        if framing is None:
+            assert world.ops.forward(address, b"x") == 1
+        else:
+            world.on_message = lambda msg: world.ops.forward(address, msg.data)
+            peer = Peer(world, web=framing == "ws")
+            peer.send(b"x\n")
+            world.until(lambda: world.messages)
+        (info,) = [info for info in world.ops.connections()
+                   if info.origin == "connect"]
+        assert info.framing == expected
+
 
 
 # -- spec 4: event routes -----------------------------------------------------
@@ -5425,8 +5867,7 @@ class TestListenAndConnect:
             assert (info.si, info.state) == ("127.0.0.1", State.OK)
             address = f"127.0.0.1:{port}"
             assert world.ops.tcp_get_conid(address) == conid
-            assert world.ops._table.find_peer(
-                ("127.0.0.77", port), None) is None
+            assert not list(world.ops._table.of_peer(("127.0.0.77", port)))
             world.accept(server)
 
     def test_connect_tells_the_last_error(self, world, monkeypatch):
@@ -6832,7 +7273,7 @@ class TestLoop:
         addresses = [(socket.AF_INET, address) for address in (
             ("127.0.0.1", free_port()), server.getsockname())]
         monkeypatch.setattr(tcpops, "_resolve", lambda *_: addresses)
-        conid = world.ops.connect("two addresses", 1)
+        conid = world.ops.connect("two-addresses", 1)
         assert world.ops.tcp_keepalive_enable(conid, 60, 5, 5) == 1
         world.until(lambda: world.events)
         world.accept(server)

@@ -211,11 +211,9 @@ class Cause(NamedTuple):
         return (cls.of(reason) if reason == "eof"
                 else cls(reason, number, os.strerror(number)))
 
-
-    @property
-    def state(self):
-        """The answer of tcp_conid_state for a connection that it ends."""
-        return _REASONS[self.reason].state
+    state = property(
+        lambda self: _REASONS[self.reason].state,
+        doc="The answer of tcp_conid_state for a connection that it ends.")
 
 
 class Event(NamedTuple):
@@ -246,10 +244,8 @@ class Event(NamedTuple):
     listener: Optional[int]     #: conid of the listener that accepted it
     opened: bool            #: whether it has been usable
 
-    @property
-    def is_end(self):
-        """Whether it reports the end of its connection."""
-        return _EVENTS[self.name]
+    is_end = property(lambda self: _EVENTS[self.name],
+                      doc="Whether it reports the end of its connection.")
 
 # ---------------------------------------------------------------------------
 # 3. Arguments
@@ -540,10 +536,8 @@ class Keepalive(NamedTuple):
     count: int     #: unanswered probes before the connection is reset
     interval: int  #: seconds between two probes
 
-    @property
-    def limit(self):
-        """Seconds of silence after which the peer has vanished."""
-        return self.idle + self.count * self.interval
+    limit = property(lambda self: self.idle + self.count * self.interval,
+                     doc="Seconds of silence after which the peer vanished.")
 
 
 def _keepalive_options():
@@ -772,17 +766,13 @@ class Message:
         self._conn = conn
         self.data = data  #: the payload, bytes
 
-    @property
-    def framing(self):
-        """The connection's Framing, None for raw."""
-        framing = getattr(self._conn.messages, "framing", None)
-        return getattr(framing, "inner", framing)
-
-    @property
-    def tls(self):
-        """The SSLObject, for getpeercert() and so on; None without TLS."""
-        framing = getattr(self._conn.messages, "framing", None)
-        return getattr(framing, "tls", None)
+    framing = property(
+        lambda self: getattr(self._conn.messages, "inner", None),
+        doc="The connection's Framing, None for raw.")
+    tls = property(
+        lambda self: getattr(
+            getattr(self._conn.messages, "framing", None), "tls", None),
+        doc="The SSLObject, for getpeercert() and so on; None without TLS.")
 
     #: The connection that the message came on; see Event for the names.
     conid = property(lambda self: self._conn.conid)
@@ -800,10 +790,9 @@ class Message:
         """
         return self._conn.plan.origin == "connect"
 
-    @property
-    def payload(self):
-        """The text if there is one, else the data: reply(payload) echoes."""
-        return self.data if self.text is None else self.text
+    payload = property(
+        lambda self: self.data if self.text is None else self.text,
+        doc="The text if there is one, else the data: reply(payload) echoes.")
 
     def reply(self, payload):
         """Send payload on the message's connection, as TcpOps.send does."""
@@ -835,7 +824,8 @@ SKIPPED = object()  #: next_message has taken bytes that are no message
 class Framing:
     """The base of every framing, yours included: listen, say, takes the class.
 
-    Override next_message and encode.  While opened is False (a handshake), the
+    Override next_message and encode, and for a ping_interval ping, which
+    appends a ping to output.  While opened is False (a handshake), the
     connection is not usable and tcp:opened not reported.
     """
 
@@ -846,8 +836,12 @@ class Framing:
     closed = None  #: the end's detail, once the peer has sent its farewell
     mute = False  #: True once nothing more can be sent: send() then refuses
     amid = False  #: within a message: SKIPPED does not extend its time
+    ping_interval = NEVER  #: seconds of the peer's silence before a ping
+    ping_timeout = 10  #: seconds of silence after it before the end
+    awaits_pong = False  #: True after a ping; set it to False at the pong
 
-    def __init__(self, max_message, client):
+    def __init__(self, max_message, client, **pings):
+        vars(self).update(pings)  # by functools.partial, for example
         self.max_message = max_message  #: bytes; refuse a longer message
         self.client = client            #: True on a connection that we opened
         self.buffer = bytearray()  #: bytes received and not yet returned
@@ -875,15 +869,12 @@ class Framing:
         """Return the payload that the FIN completes, or None.  May raise."""
         return None
 
-    @property
-    def partial(self):
-        """Whether a message has begun and is not complete."""
-        return bool(self.buffer)
-
-    @property
-    def pending(self):
-        """How many bytes were received and are in no message returned."""
-        return len(self.buffer)
+    partial = property(
+        lambda self: bool(self.buffer),
+        doc="Whether a message has begun and is not complete.")
+    pending = property(
+        lambda self: len(self.buffer),
+        doc="How many bytes were received and are in no message returned.")
 
     def encode(self, payload):
         """Return the bytes that send a payload of bytes."""
@@ -901,8 +892,8 @@ class Framing:
 class LineFraming(Framing):
     """A message is a line, without its LF or CR LF."""
 
-    def __init__(self, max_message, client):
-        super().__init__(max_message, client)
+    def __init__(self, max_message, client, **pings):
+        super().__init__(max_message, client, **pings)
         self._searched = 0  # a line that drips in is not searched anew
 
     def next_message(self):
@@ -937,12 +928,14 @@ _FOLD = re.compile(rb"\r\n[ \t]+")
 def _parse_head(head):
     """Return (first line, [(name, value), ...]) of a head, as HTTP has one.
 
-    Values are unfolded, names in lower case; a line without colon is left out.
+    Values are unfolded, names in lower case; a line without colon is left out,
+    and a name that is not ASCII (in lower case U+212A would be "k").
     """
     lines = _FOLD.sub(b" ", head).decode("utf-8", "replace").split("\r\n")
     fields = (line.partition(":") for line in lines[1:])
     return lines[0], [(name.strip(" \t").lower(), value.strip(" \t"))
-                      for name, colon, value in fields if colon]
+                      for name, colon, value in fields
+                      if colon and name.isascii()]
 
 
 def _check_printable(buffer, protocol):
@@ -973,6 +966,8 @@ _COMPACT = {
     "r": "refer-to", "s": "subject", "t": "to", "u": "allow-events",
     "v": "via", "x": "session-expires", "y": "identity",
 }
+_STATUS_LINE = re.compile(r"([^ \t]*)[ \t]*([^ \t]*)(.*)")
+_REQUEST_LINE = re.compile(r"([^ \t]*)((?:.*(?=[ \t]SIP/))?)(.*)", re.I)
 
 
 class SipMessage(TextMessage):
@@ -985,39 +980,32 @@ class SipMessage(TextMessage):
         if not hasattr(self, "_head"):
             head, _, body = self.data.partition(b"\r\n\r\n")
             start, fields = _parse_head(head)
-            first, _, rest = start.partition(" ")
-            second, _, third = (rest.partition(" ") if self.is_reply
-                                else rest.rpartition(" "))
+            line = _STATUS_LINE if self.is_reply else _REQUEST_LINE
+            start = [part.strip(" \t") for part in line.match(start).groups()]
             fields = [(_COMPACT.get(name, name), value)
                       for name, value in fields]
-            self._head = (first, second.strip(), third.strip()), fields, body
+            self._head = start, fields, body
         return self._head
 
-    @property
-    def is_reply(self):
-        """Whether it is a response."""
-        return self.data[:4].upper() == b"SIP/"
-
-    @property
-    def method(self):
-        """The method of a request; None for a response."""
-        return None if self.is_reply else self._parsed()[0][0]
-
-    @property
-    def uri(self):
-        """The Request-URI of a request; None for a response."""
-        return None if self.is_reply else self._parsed()[0][1]
+    is_reply = property(lambda self: self.data[:4].upper() == b"SIP/",
+                        doc="Whether it is a response.")
+    method = property(
+        lambda self: None if self.is_reply else self._parsed()[0][0],
+        doc="The method of a request; None for a response.")
+    uri = property(
+        lambda self: None if self.is_reply else self._parsed()[0][1],
+        doc="The Request-URI of a request; None for a response.")
+    reason = property(
+        lambda self: self._parsed()[0][2] if self.is_reply else None,
+        doc="The reason phrase of a response; None for a request.")
+    body = property(lambda self: self._parsed()[2],
+                    doc="The bytes after the headers.")
 
     @property
     def status(self):
         """The status code of a response if it is three digits, else None."""
         code = re.fullmatch("[0-9]{3}", self._parsed()[0][1])
         return int(code[0]) if self.is_reply and code else None
-
-    @property
-    def reason(self):
-        """The reason phrase of a response; None for a request."""
-        return self._parsed()[0][2] if self.is_reply else None
 
     def headers(self, name):
         """Return the values of all header fields of that name, in order.
@@ -1031,18 +1019,32 @@ class SipMessage(TextMessage):
         """Return the first of headers(name), None if there is none."""
         return next(iter(self.headers(name)), None)
 
-    @property
-    def body(self):
-        """The bytes after the headers."""
-        return self._parsed()[2]
-
 
 _LENGTHS = re.compile(
     rb"\r\n(?:content-length|l)(?:[ \t]|\r\n[ \t])*:((?:[^\r\n]|\r\n[ \t])*)",
     re.IGNORECASE)
 _BARE = re.compile(rb"\r(?!\n)|(?<!\r)\n")
-_CRLFS = re.compile(rb"(?:\r\n)+")
-_START = re.compile(rb"(?:[^\r\n]*[ \t])?SIP/", re.IGNORECASE)
+_CRLFS = re.compile(rb"(?:\r\n)*")
+#: A first line that names SIP, and is not folded.
+_START = re.compile(rb"(?![^\r\n]*\r\n[ \t])(?:[!-~][^\r\n]*[ \t])?SIP/",
+                    re.IGNORECASE)
+
+
+def _content_length(head):
+    """Check a head; return its Content-Length, None if there is none."""
+    if not _START.match(head):
+        raise ProtocolError("this is not SIP")
+    if _BARE.search(head):
+        raise ProtocolError("a bare CR or LF: lines end with CR LF")
+    values = {_FOLD.sub(b" ", value).strip(b" \t")
+              for value in _LENGTHS.findall(head)}
+    if any(not re.fullmatch(rb"[0-9]+", value) for value in values):
+        raise ProtocolError("Content-Length is no number")
+    # 20 digits are more than any max_message.
+    lengths = {int(value.lstrip(b"0")[:20] or b"0") for value in values}
+    if len(lengths) > 1:
+        raise ProtocolError("several Content-Lengths that differ")
+    return lengths.pop() if lengths else None
 
 
 class SipFraming(Framing):
@@ -1055,9 +1057,9 @@ class SipFraming(Framing):
 
     message = SipMessage
 
-    def __init__(self, max_message, client):
-        super().__init__(max_message, client)
-        self._half = 0      # CR LFs that wait for their second one
+    def __init__(self, max_message, client, **pings):
+        super().__init__(max_message, client, **pings)
+        self._half = 0      # CR LFs: 1 waits for its second, -1 is a pong's
         self._searched = 0  # a head that drips in is not searched anew
         self._length = 0    # of the message, 0 until its head is complete
 
@@ -1074,21 +1076,23 @@ class SipFraming(Framing):
     def _find_length(self):
         """Return the length of the next message, 0 if not known yet."""
         buffer = self.buffer
-        crlfs = _CRLFS.match(buffer)
+        crlfs = _CRLFS.match(buffer).end() // 2
         if crlfs:
-            pings, self._half = divmod(self._half + crlfs.end() // 2, 2)
-            self.output += b"\r\n" * pings
-            del buffer[:crlfs.end()]
+            self._half += crlfs
+            self.awaits_pong = self.awaits_pong and self._half < 0
+            self.output += b"\r\n" * (self._half // 2)
+            self._half = min(self._half, self._half % 2)
+            del buffer[:2 * crlfs]
             self._searched = 0
         if buffer != b"\r":
             _check_printable(buffer, "SIP")
         end = buffer.find(b"\r\n\r\n", self._searched)
         if end >= 0:
-            if not _START.match(buffer):
-                raise ProtocolError("this is not SIP")
-            self._half = self._searched = 0
-            head = bytes(buffer[:end + 2])
-            self._length = end + 4 + self._content_length(head)
+            length = _content_length(bytes(buffer[:end]))
+            if length is None:
+                raise ProtocolError("no Content-Length")
+            self._half, self._searched = min(self._half, 0), 0
+            self._length = end + 4 + length
         else:
             self._searched = max(0, len(buffer) - 3)
         if max(self._length, self._searched) > self.max_message:
@@ -1096,24 +1100,38 @@ class SipFraming(Framing):
         return self._length
 
     @staticmethod
-    def _content_length(head):
-        """Return the length of the body that follows a head."""
-        if _BARE.search(head):
-            raise ProtocolError("a bare CR or LF: lines end with CR LF")
-        values = {_FOLD.sub(b" ", value).strip(b" \t")
-                  for value in _LENGTHS.findall(head)}
-        if not values:
-            raise ProtocolError("no Content-Length")
-        if any(not re.fullmatch(rb"[0-9]{1,19}", value) for value in values):
-            raise ProtocolError("Content-Length is no number")
-        lengths = {int(value) for value in values}
-        if len(lengths) > 1:
-            raise ProtocolError("several Content-Lengths that differ")
-        return lengths.pop()
+    def whole(data, websocket):
+        """Return the message in a WebSocket's, or SKIPPED: a keepalive.
+
+        Bytes beyond a Content-Length are no part of it (RFC 3261, 18.3).
+        """
+        message = data[_CRLFS.match(data).end():]
+        if not message:
+            if data == b"\r\n":
+                websocket.awaits_pong = False
+            elif data:
+                websocket.output += websocket.encode_text("\r\n")
+            return SKIPPED
+        head, end, rest = message.partition(b"\r\n\r\n")
+        length = _content_length(head)
+        if not end or length is not None and length > len(rest):
+            raise ProtocolError("a message that is cut short")
+        return head + end + rest[:length]
 
     def encode(self, payload):
-        """Return payload, a whole SIP message, as it is."""
+        """Return payload, with a Content-Length if a message has none."""
+        head, end, body = payload.partition(b"\r\n\r\n")
+        if not head:
+            self._half -= payload.count(b"\r\n\r\n")
+        elif (end and b"\r\nContent-Length:" not in head
+              and _START.match(head) and not _LENGTHS.search(head)):
+            return b"%b\r\nContent-Length: %d%b%b" % (
+                head, len(body), end, body)
         return payload
+
+    def ping(self):
+        """Queue CR LF CR LF.  RFC 5626, 4.4.1."""
+        self.output += self.encode(b"\r\n\r\n")
 
 
 _URI = re.compile(
@@ -1243,9 +1261,10 @@ class WebSocketFraming(Framing):
     offers = ()               #: the subprotocols that a client offers
     #: Those that a server speaks.
     subprotocols = ("sip",) if "sip" in FRAMINGS else ()
+    _whole = None  # of SIP: checks a message
 
-    def __init__(self, max_message, client):
-        super().__init__(max_message, client)
+    def __init__(self, max_message, client, **pings):
+        super().__init__(max_message, client, **pings)
         self._check()
         self.opened = False
         self.subprotocol = None  #: the one agreed on
@@ -1366,8 +1385,9 @@ class WebSocketFraming(Framing):
     def _agree(self, subprotocol):
         self.subprotocol = subprotocol
         if subprotocol == "sip":
-            self.message = getattr(FRAMINGS.get("sip"), "message",
-                                   self.message)
+            sip = FRAMINGS.get("sip")
+            self.message = getattr(sip, "message", self.message)
+            self._whole = getattr(sip, "whole", None)
 
     def _check_answer(self, start, headers):
         """Check a server's half of the handshake.  RFC 6455, 4.1."""
@@ -1410,8 +1430,8 @@ class WebSocketFraming(Framing):
                 if opcode != _CONTINUED:
                     self._kind = opcode
             return self._take_payload()
-        except _Violation as violation:
-            self._queue_close(violation.code, str(violation))
+        except ProtocolError as error:
+            self._queue_close(getattr(error, "code", 1007), str(error))
             raise
 
     def _parse_frame_head(self):
@@ -1481,7 +1501,8 @@ class WebSocketFraming(Framing):
             text = self._kind == _TEXT and data.decode()
         message = text if self._kind == _TEXT else data
         self._kind, self._size = None, 0
-        return message
+        whole = data if self._whole is None else self._whole(data, self)
+        return message if whole == data else whole  # the cut may end its text
 
     def _decode(self, data, complete):
         """Decode a part of a text, or raise _Violation at once."""
@@ -1504,7 +1525,9 @@ class WebSocketFraming(Framing):
             payload = _xor(payload, mask)
         if opcode == _PING:
             self.output += self._encode_frame(_PONG, payload)
-        elif opcode == _CLOSE:
+        elif opcode == _PONG:
+            self.awaits_pong = False
+        else:
             self._take_close(payload)
         return SKIPPED
 
@@ -1555,6 +1578,12 @@ class WebSocketFraming(Framing):
     def encode_text(self, text):
         """Return text as a text message."""
         return self._encode_frame(_TEXT, text.encode())
+
+    def ping(self):
+        """Queue a ping frame, and with SIP the ping of RFC 5626 before it."""
+        if self._whole:  # not all phones answer it; their browser the frame
+            self.output += self.encode_text("\r\n\r\n")
+        self.output += self._encode_frame(_PING, b"")
 
     def _queue_close(self, code, reason=""):
         """Queue a close frame, once.  1005 stands for no code (7.1.5)."""
@@ -1821,9 +1850,10 @@ LIFE = types.MappingProxyType({
 
 #: Why a connection is not read, and the deadlines that do not fire meanwhile.
 NOT_READING = types.MappingProxyType({
-    "queue": ("handshake", "message"),  # it is over the limit
-    "messages": ("handshake", "message", "lifetime"),   # over a turn's share
-    "suspended": ("handshake", "message", "lifetime"),  # ready in vain
+    "queue": ("handshake", "message", "ping", "pong"),  # over the limit
+    # Over a turn's share; ready in vain.
+    "messages": ("handshake", "message", "ping", "pong", "lifetime"),
+    "suspended": ("handshake", "message", "ping", "pong", "lifetime"),
     "fin": ()})  # of the peer: only our queue in the kernel is waited for
 
 
@@ -1881,6 +1911,15 @@ def _vanished(conn, now):
     return None
 
 
+def _of_pings(conn, awaits):
+    """Return when to ping a silent peer or, if it owes a pong, to end."""
+    messages = conn.messages
+    if messages is None or messages.inner.awaits_pong != awaits:
+        return NEVER
+    return messages.silent + (messages.inner.ping_timeout if awaits
+                              else messages.inner.ping_interval)
+
+
 #: The kinds of deadline.  Of several that have come the earliest fires.
 DEADLINES = types.MappingProxyType({
     "connect": Deadline(
@@ -1905,6 +1944,13 @@ DEADLINES = types.MappingProxyType({
     "keepalive": Deadline(
         (_CONNECTING, _HANDSHAKE, _OPEN), lambda conn: conn.keepalive_deadline,
         "keepalive", errno.ETIMEDOUT, _vanished),
+    "ping": Deadline(
+        (_OPEN,), lambda conn: _of_pings(conn, False), "keepalive", None,
+        lambda conn, now: conn.ping(now)),
+    "pong": Deadline(
+        (_OPEN,), lambda conn: _of_pings(conn, True), "keepalive",
+        errno.ETIMEDOUT, lambda conn, now:
+        f"no pong in {conn.messages.inner.ping_timeout:.9g} s"),
     "lifetime": Deadline(
         (_CONNECTING, _OPEN),
         lambda conn: max(conn.renewed, conn.active) + conn.lifetime,
@@ -2150,7 +2196,6 @@ _LONGEST_WAIT = 86400  #: seconds; epoll counts milliseconds in 31 bits
 _SPIN = 100  #: turns in which a descriptor was ready, and nothing came of it
 _SUSPENSION = 0.1  #: seconds
 _BUSY = 0.1  #: seconds of not looking that no peer is blamed for
-
 _BORDERS = set()  #: code that calls the program's, or waits: see section 20
 
 
@@ -2659,6 +2704,7 @@ class Reactor:
 # one record of that, which costs each a pointer.
 
 _RECV_SIZE = 65536  #: Bytes asked of one recv(): one turn of one connection
+_PINGS = ("ping_interval", "ping_timeout")  #: numbers of a framing
 
 
 class Settings(NamedTuple):
@@ -2732,6 +2778,9 @@ class Plan:
         if not isinstance(inner, Framing):
             raise TypeError(f"{self.name} must return a Framing,"
                             f" not {reprlib.repr(inner)}")
+        for name in _PINGS if inner.ping_interval != NEVER else ():
+            vars(inner)[name] = _number(
+                getattr(inner, name), name, 0.001, _MAX_SECONDS)
         if self.context is None:
             return inner
         return _LAYERS["tls"](self.context, self.server_hostname, inner)
@@ -2810,6 +2859,13 @@ def _socket_for(addresses, table):
     return sock, address, others
 
 
+def _start_timing(part, timeout):
+    """Fire after timeout seconds, unless this part is done by then."""
+    reactor = part.conn.plan.reactor
+    part.deadline = reactor.excuse() + timeout - reactor.lag
+    reactor.arm(part.conn, part.deadline + reactor.lag)
+
+
 class Opening:
     """The things that a connection needs until it is open, and no longer."""
 
@@ -2823,12 +2879,6 @@ class Opening:
         self.deadline = NEVER       #: of connect, then of the handshake
         self.early = []             #: payloads sent before it is open
         self.early_bytes = 0
-
-    def set_deadline(self, timeout):
-        """Fire after timeout seconds, unless this step is done by then."""
-        reactor = self.conn.plan.reactor
-        self.deadline = reactor.excuse() + timeout - reactor.lag
-        reactor.arm(self.conn, self.deadline + reactor.lag)
 
     def proceed(self, number):
         """Wait for connect(), or try the next address after its errno."""
@@ -2903,12 +2953,14 @@ class Opening:
 class Messages:
     """The framing of a connection: turns its bytes into messages."""
 
-    __slots__ = ("conn", "framing", "waiting", "deadline")
+    __slots__ = ("conn", "framing", "inner", "waiting", "deadline", "silent")
 
     def __init__(self, conn, framing):
         self.conn, self.framing = conn, framing
+        self.inner = getattr(framing, "inner", framing)  #: TLS aside
         self.waiting = False    #: the rest of them waits for the next turn
         self.deadline = NEVER   #: of a message that is incomplete
+        self.silent = NEVER     #: since when: the peer's last byte, our ping
 
     def ask(self, call, *args):
         """Call the framing, nothing of ours; return the answer, or _FAILED."""
@@ -3009,12 +3061,8 @@ class Messages:
         conn = self.conn
         if not partial or conn.phase is not _OPEN:
             self.deadline = NEVER
-            return
-        reactor = conn.plan.reactor
-        if anew or self.deadline == NEVER:
-            self.deadline = (reactor.excuse() - reactor.lag
-                             + conn.plan.settings.message_timeout)
-        reactor.arm(conn, self.deadline + reactor.lag)
+        elif anew or self.deadline == NEVER:
+            _start_timing(self, conn.plan.settings.message_timeout)
 
     def postpone(self):
         """Leave the rest of the messages to the next turn."""
@@ -3146,7 +3194,7 @@ class Connection:
         """Connect the socket to an address, or to one of the others."""
         self.enter(_CONNECTING)
         self.opening = Opening(self, others)
-        self.opening.set_deadline(self.plan.settings.connect_timeout)
+        _start_timing(self.opening, self.plan.settings.connect_timeout)
         self.opening.proceed(self.sock.connect_ex(address))
 
     def begin(self):
@@ -3161,7 +3209,7 @@ class Connection:
                             self.plan.host) is not _FAILED:
                 messages.shake_hands()
             if self.phase is _HANDSHAKE:
-                self.opening.set_deadline(self.plan.settings.message_timeout)
+                _start_timing(self.opening, self.plan.settings.message_timeout)
         self.watch()
 
     def open(self):
@@ -3175,7 +3223,7 @@ class Connection:
         if self.phase is _READING_REST:
             return  # its socket has died in the handshake
         self.enter(_OPEN)
-        self.renew()
+        self.listen()
         if self.failed or messages is not None and messages.framing.mute:
             return  # the end has come with the handshake
         self.opening = None
@@ -3291,6 +3339,15 @@ class Connection:
         if self.phase in DEADLINES["lifetime"].phases:
             reactor.arm(self, self.renewed + self.lifetime)
 
+    def listen(self):
+        """Begin the lifetime, and the peer's silence: from here on we read."""
+        self.renew()
+        messages = self.messages
+        if messages is not None:
+            messages.silent = self.renewed
+            self.plan.reactor.arm(
+                self, _of_pings(self, messages.inner.awaits_pong))
+
     def watch(self):
         """Have it selected for the events that phase and queue allow."""
         phase, events = self.phase, 0
@@ -3301,7 +3358,7 @@ class Connection:
             events |= _READ
         if events & _READ & ~self.events:  # until now the silence was ours
             if phase is _OPEN:
-                self.renew()
+                self.listen()
             reactor = self.plan.reactor
             for part in (self.opening, self.messages):
                 if part is not None:
@@ -3320,6 +3377,7 @@ class Connection:
         if self.messages is None:
             plan.handlers.message(self, Message(self, data))
         else:
+            self.messages.silent = self.active
             self.messages.deliver(data)
 
     def end_of_stream(self):
@@ -3362,6 +3420,17 @@ class Connection:
     def usable(self):
         """Whether it lives and was not asked to end."""
         return self.phase.sends and self.cause is None and not self.failed
+
+    def ping(self, now):
+        """Send a ping, unless bytes of ours wait to be sent before it."""
+        messages = self.messages
+        messages.silent = now
+        # For the next one: the pong may come long before its time is over.
+        self.plan.reactor.arm(self, now + messages.inner.ping_interval)
+        if self.queue is None:
+            messages.inner.awaits_pong = True
+            messages.ask(lambda: messages.inner.ping())
+            messages.deliver()  # which sends what the framing has queued
 
     def is_full(self):
         """Whether it may queue, and so should read, nothing more."""
@@ -3440,7 +3509,7 @@ class Connection:
             # See NOT_READING: the peer's time begins again.
             self.messages.deadline = NEVER
             if self.phase is _HANDSHAKE:
-                self.opening.set_deadline(plan.settings.message_timeout)
+                _start_timing(self.opening, plan.settings.message_timeout)
             self.messages.postpone()  # the rest that the framing holds first
         self.watch()
         return sent > 0

@@ -215,6 +215,7 @@ DETAILS = {
         r"this is not (SIP|HTTP)( \(TLS on a port without it\?\))?",
         "a bare CR or LF: lines end with CR LF", "no Content-Length",
         "Content-Length is no number", "several Content-Lengths that differ",
+        "a message that is cut short",
         "the answer's headers have no end",
         r"WebSocket handshake failed: \S.*",
         "a payload length that is badly written", "a reserved bit is set",
@@ -233,7 +234,7 @@ DETAILS = {
     "error": [STRERROR, r"a fault in tcpops: \w+\(.*\)"],
     "shutdown": ["the loop was closed", "drained"],
     "reset": [STRERROR],
-    "keepalive": [STRERROR, r"silent for \d+\.\d s"],
+    "keepalive": [STRERROR, r"silent for \d+\.\d s", r"no pong in [\d.]+ s"],
     "lifetime": [r"idle for [\d.e+-]+ s"],
     "connect": [STRERROR, r"no answer in [\d.e+-]+ s"],
     "send": [r"\d+ bytes unsent after [\d.e+-]+ s"],
@@ -780,7 +781,7 @@ class TestCut:
             assert framing.message is module.TextMessage
 
     def test_the_shortest_file(self):
-        assert cut(*self.LEAVES).count("\n") <= 3700
+        assert cut(*self.LEAVES).count("\n") <= 3750
 
     def test_the_order_does_not_matter(self):
         assert cut("sip", "cli") == cut("cli", "sip", "cli")
@@ -4554,7 +4555,9 @@ class TestSip:
     @pytest.mark.parametrize("line, length", [
         ("Content-Length: 3", 3), ("content-LENGTH:3", 3), ("l: 3", 3),
         ("L  :\t 3  ", 3), ("Content-Length:\r\n  3", 3),
-        ("l: 03", 3), ("l: 3\r\nContent-Length: 3", 3), ("l: 0", 0)])
+        ("l: 03", 3), ("l: 3\r\nContent-Length: 3", 3), ("l: 0", 0),
+        ("l: 00000000000000000003", 3), ("l: " + "0" * 500, 0),
+        ("l: 0003\r\nContent-Length: 3", 3)])
     def test_ways_to_write_it(self, line, length):
         head = f"BYE sip:x SIP/2.0\r\n{line}\r\n\r\n".encode()
         framing = tcpops.SipFraming(1000, False)
@@ -4565,7 +4568,9 @@ class TestSip:
         ("X: 1", "no Content-Length"),
         ("l: 1\r\nl: 2", "differ"),
         ("l: -1", "no number"), ("l: 1, 1", "no number"), ("l:", "no number"),
-        ("l: 99999999999999999999999", "no number"), ("l: 0x5", "no number"),
+        ("l: 99999999999999999999999", "over 1000 bytes"),
+        ("l: 18446744073709551616", "over 1000 bytes"),
+        ("l: 0x5", "no number"),
         ("l: 9999999999", "over 1000 bytes"), ("l: 980", "over 1000 bytes"),
         # Where framing and headers() could see different lengths.
         ("l: 5\r\nContent-Length\r\n : 10", "differ"),
@@ -4717,6 +4722,106 @@ class TestSip:
             assert (msg.method is None) != (msg.status is None)
             assert msg.headers("to") is not None
         assert world.ops.tcp_conid_state(conid) is State.OK
+
+
+@needs_sip
+class TestSipRules:
+    """What makes a SIP message on any transport; RFC 3261, 7 and 18.3."""
+
+    @pytest.mark.parametrize("start, method, uri, status, reason", [
+        ("OPTIONS sip:x SIP/2.0 ", "OPTIONS", "sip:x", None, None),
+        ("OPTIONS sip:x SIP/2.0\t", "OPTIONS", "sip:x", None, None),
+        ("OPTIONS  sip:x  SIP/2.0", "OPTIONS", "sip:x", None, None),
+        ("OPTIONS\tsip:x\tSIP/2.0", "OPTIONS", "sip:x", None, None),
+        ("OPTIONS sip:x sip/2.0", "OPTIONS", "sip:x", None, None),
+        ("OPTIONS sip:x SIP/2.0 and more", "OPTIONS", "sip:x", None, None),
+        ("OPTIONS sip:a SIP/b SIP/2.0", "OPTIONS", "sip:a SIP/b", None, None),
+        ("OPTIONS sip:SIP/2.0 SIP/2.0", "OPTIONS", "sip:SIP/2.0", None, None),
+        ("SIP/2.0  200  All  right ", None, None, 200, "All  right"),
+        ("SIP/2.0\t200\tOK", None, None, 200, "OK"),
+        ("SIP/2.0 200", None, None, 200, "")])
+    def test_the_parts_of_a_start_line(self, make_world, start, method, uri,
+                                       status, reason):
+        world = make_world(framing="sip")
+        sock, _ = world.client()
+        msg = world.talk(sock, sip(start))
+        assert (msg.method, msg.uri) == (method, uri)
+        assert (msg.status, msg.reason) == (status, reason)
+
+    @pytest.mark.parametrize("head", [
+        b"OPTIONS sip:x SIP/2.0\r\n and: more\r\nl: 0",
+        b"OPTIONS sip:x\r\n SIP/2.0\r\nl: 0", b"SIP/2.0 200\r\n\tOK\r\nl: 0",
+        b"OPTIONS sip:x SIP/2.0\r\n \r\nl: 0"])
+    def test_a_start_line_is_not_folded(self, head):
+        """Else its parts could be read in two ways (RFC 3261, 7.1)."""
+        with pytest.raises(tcpops.ProtocolError, match="not SIP"):
+            feed(tcpops.SipFraming(1000, False), head + b"\r\n\r\n")
+
+    def test_a_message_of_another_framing_has_any_start_line(self):
+        msg = tcpops.SipMessage(None, b"hello world")
+        assert (msg.method, msg.uri, msg.is_reply) == ("hello", "", False)
+
+    def test_names_are_compared_as_ascii(self, make_world):
+        world = make_world(framing="sip")
+        sock, _ = world.client()
+        msg = world.talk(sock, sip("BYE sip:x SIP/2.0\n\u212a: 100rel\n"
+                                   "CALL-ID: 7\nSub\u017fcription: 1"))
+        assert msg.headers("Supported") == msg.headers("k") == []
+        assert msg.header("call-id") == "7" and msg.data.count(b"100rel") == 1
+
+    def test_the_length_that_is_refused_is_the_number(self):
+        """However it is written, and over whatever max_message."""
+        head = b"BYE sip:x SIP/2.0\r\nl: %s\r\n\r\n"
+        for limit in (1000, sys.maxsize):
+            for number in (b"18446744073709551616", b"0018446744073709551616",
+                           b"9" * 60000):
+                with pytest.raises(tcpops.ProtocolError, match="over"):
+                    feed(tcpops.SipFraming(limit, False), head % number)
+
+    @pytest.mark.parametrize("client", [True, False])
+    @pytest.mark.parametrize("pings, chunks, pongs", [
+        (0, [b"\r\n\r\n"], 1), (1, [b"\r\n"], 0), (2, [b"\r\n\r\n"], 0),
+        (2, [b"\r\n", b"\r\n"], 0), (2, [b"\r\n" * 4], 1),
+        (1, [b"\r\n" * 3], 1), (3, [b"\r\n" * 2, b"\r\n\r\n"], 0),
+        (1, [b"\r\n", RINGING, b"\r\n\r\n"], 1),
+        (1, [RINGING, b"\r\n", b"\r\n", b"\r\n"], 1)])
+    def test_pongs_are_no_pings(self, client, pings, chunks, pongs):
+        """As many CR LFs as pings were sent are the answers to them."""
+        framing = tcpops.SipFraming(1000, client)
+        for _ in range(pings):
+            assert framing.encode(b"\r\n\r\n") == b"\r\n\r\n"
+        feed(framing, *chunks)
+        assert framing.output == b"\r\n" * pongs
+
+    def test_two_pings_of_a_client(self, make_world):
+        world = make_world(framing="sip")
+        conid = world.ops.connect("127.0.0.1", world.port, framing="sip")
+        world.until(lambda: len(world.events) == 2)
+        assert world.ops.send(conid, b"\r\n\r\n" * 2)
+        world.settle()
+        infos = world.ops.connections()
+        assert sorted((info.bytes_in, info.bytes_out) for info in infos) == [
+            (4, 8), (8, 4)]
+
+    @pytest.mark.parametrize("head", [
+        "MESSAGE sip:x SIP/2.0", "SIP/2.0 200 OK",
+        "MESSAGE sip:x SIP/2.0\nX: Content-Length: 3"])
+    def test_sent_on_a_stream_it_has_a_length(self, head):
+        """RFC 3261, 20.14: what came over a WebSocket may have none."""
+        body = (b"\r\nContent-Length: 5\r\n\r\n"
+                b"BYE sip:x SIP/2.0\r\nl: 0\r\n\r\n")
+        framing = tcpops.SipFraming(1000, False)
+        sent = framing.encode(sip(head, body, length=False))
+        assert sent == sip(head, body)
+        assert feed(framing, sent) == [sent]
+
+    @pytest.mark.parametrize("payload", [
+        OPTIONS, RINGING, b"\r\n", b"", b"hello", b"hello\r\n\r\n",
+        b"BYE sip:x SIP/2.0\r\nl: 5\r\n",
+        sip("BYE sip:x SIP/2.0\nL:0", length=False),
+        sip("BYE sip:x SIP/2.0\ncontent-LENGTH\n : 0", b"", False)])
+    def test_sent_as_it_is(self, payload):
+        assert tcpops.SipFraming(1000, False).encode(payload) is payload
 
 
 # -- WebSocket ----------------------------------------------------------------
@@ -5288,12 +5393,13 @@ class TestWebSocket:
         world.until(world.ends)
         assert world.ends()[0][2:5] == ("eof", None, detail)
 
-    @needs_sip
     @pytest.mark.skipif(not shutil.which("chromium"),
                         reason="there is no chromium (apt-get install it)")
     def test_a_browser(self, make_world, tmp_path):
         """It opens, talks, text and binary, and closes with a code."""
-        world = make_world(framing="ws", max_message=1 << 20)
+        chat = type("Chat", (tcpops.WebSocketFraming,),
+                    {"subprotocols": ("chat",)})
+        world = make_world(framing=chat, max_message=1 << 20)
         world.on_message = lambda msg: msg.reply(msg.payload)
         page = tmp_path / "page.html"
         page.write_text("""<script>
@@ -5319,7 +5425,7 @@ class TestWebSocket:
                                         in world.ends()), 60)
             finally:
                 os.killpg(browser.pid, signal.SIGKILL)
-        assert world.messages[0].text == "h\u00e4llo sip"
+        assert world.messages[0].text == "h\u00e4llo chat"
         assert len(world.messages[1].data) == 70000
         (event,) = world.ends()
         assert event.reason == "eof"
@@ -5402,6 +5508,173 @@ class TestWebSocket:
         assert "X-Text: a\tb \xfc" in request and "X-Number: 5" in request
         assert "Sec-WebSocket-Protocol: v1.chat, !#$%&'*+-.^_`|~09azAZ" in (
             request)
+
+
+def sip_ws(client=False):
+    """Return a side of a WebSocket with SIP that has had its handshake."""
+    framing = tcpops.WebSocketFraming(65536, client)
+    framing.opened = True
+    framing._agree("sip")
+    return framing
+
+
+#: Messages as RFC 4475 tries a parser with: some right, some wrong.
+TORTURE = [
+    OPTIONS, RINGING, sip("BYE sip:x SIP/2.0", b"\0\r\n\xff"),
+    sip("INVITE sip:x SIP/2.0\nTO :\n sip:x ;   tag    = 1\nMaX-fOrWaRdS: 0068"
+        "\nUnknown: ;;,,;;,;\nNewFangled: newfangled value\n more newfangled"),
+    sip("!interesting-Method0123456789_*+`.%indeed'~ sip:1_unusual.URI~(to-be!"
+        "sure)&isn't+it$/crazy?,/;;*:&it+has=1,weird!*pas$wo~d_too.(doesn't-"
+        "it)@example.com SIP/2.0\nl:0", length=False),
+    sip("OPTIONS sip:x SIP/7.0"), sip("SIP/2.0 4294967301 better not"),
+    sip("INVITE sip:x SIP/2.0\nl: 15\nContent-Length: 15", b"v" * 15, False),
+    sip("INVITE sip:x SIP/2.0\nl: -999", b"v=0", False),
+    sip("INVITE sip:x SIP/2.0\nl: 9\nl: 5", b"v=0\r\no=123", False),
+    sip("INVITE sip:x SIP/2.0\nl: 0x3", b"v=0", False),
+    sip("INVITE sip:x SIP/2.0\nl: 3 3", b"v=0", False),
+    sip("INVITE sip:x SIP/2.0\n  l: 3", b"v=0"),
+    sip("INVITE sip:x SIP/2.0\nX: a\rb"), sip("INVITE sip:x SIP/2.0\rX: b"),
+    sip("GET / HTTP/1.1"), sip("HTTP/1.1 200 OK"), sip("hello"),
+    b" " + OPTIONS, b"\n" + OPTIONS, b"\0" + OPTIONS, b"\x16" + OPTIONS]
+
+
+@needs_ws
+@needs_sip
+class TestSipRulesOverWebSocket:
+    """RFC 7118: the rules are those of the stream, but the transport ends a
+    message, so Content-Length may be missing.
+    """
+
+    @pytest.mark.parametrize("opcode", [1, 2], ids=["text", "binary"])
+    @pytest.mark.parametrize("payload, whole", [
+        (OPTIONS, OPTIONS), (b"\r\n" + RINGING, RINGING),
+        (b"\r\n" * 4 + OPTIONS, OPTIONS), (OPTIONS + b"\r\n", OPTIONS),
+        (sip("BYE sip:x SIP/2.0") + b"\r\n\r\n", sip("BYE sip:x SIP/2.0")),
+        (RINGING + OPTIONS, RINGING),
+        (b"SIP/2.0 200 OK\r\nl:2\r\n\r\nhello",
+         b"SIP/2.0 200 OK\r\nl:2\r\n\r\nhe"),
+        *[(text, text) for text in (
+            b"BYE sip:x SIP/2.0\r\n\r\n", b"BYE sip:x SIP/2.0\r\n\r\nhello",
+            b"BYE sip:x SIP/2.0\r\nX: y\r\n\r\n\r\n\r\n")]])
+    def test_what_is_handed_over(self, opcode, payload, whole):
+        framing = sip_ws()
+        (message,) = feed(framing, frame(opcode, payload))
+        assert message in (whole, whole.decode())
+        assert framing.output == b"" and not framing.pending
+        text = opcode == 1 and payload == whole
+        assert isinstance(message, str if text else bytes)
+
+    @pytest.mark.parametrize("payload, detail", [
+        (b"hello world", "not SIP"), (b"{}", "not SIP"),
+        (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", "not SIP"),
+        (b"\0", "not SIP"), (b"\x16\x03\x01", "not SIP"), (b"\r", "not SIP"),
+        (b"\n", "not SIP"), (b"\r\n\n", "not SIP"),
+        (b" " + OPTIONS, "not SIP"),
+        (b"BYE sip:x SIP/2.0\r\n X: y\r\n\r\n", "not SIP"),
+        (b"BYE sip:x SIP/2.0\nl: 0\n\n", "bare"),
+        (b"BYE sip:x SIP/2.0\r\nX: a\rb\r\n\r\n", "bare"),
+        (b"BYE sip:x SIP/2.0\r\nl: 1, 1\r\n\r\n", "no number"),
+        (b"BYE sip:x SIP/2.0\r\nl: 1\r\nl: 2\r\n\r\nab", "differ"),
+        (b"BYE sip:x SIP/2.0\r\nl: 3\r\n\r\nab", "short"),
+        (b"BYE sip:x SIP/2.0\r\nl: 18446744073709551616\r\n\r\nab", "short"),
+        (b"BYE sip:x SIP/2.0", "short"), (b"BYE sip:x SIP/2.0\r\n", "short"),
+        (b"BYE sip:x SIP/2.0\r\nl: 0\r\n", "short")])
+    def test_what_is_refused(self, payload, detail):
+        code, said = violation(sip_ws(), frame(2, OPTIONS), frame(2, payload))
+        assert code == 1007 and detail in said
+
+    @pytest.mark.parametrize("message", TORTURE)
+    def test_both_transports_judge_alike(self, message):
+        def judge(framing, data):
+            try:
+                return feed(framing, data)
+            except tcpops.ProtocolError as error:
+                return str(error).partition(" (")[0]
+        stream = judge(tcpops.SipFraming(65536, False), message)
+        assert judge(sip_ws(), frame(2, message)) == stream
+        assert stream == [message] or isinstance(stream, str)
+
+    @pytest.mark.parametrize("client", [True, False])
+    @pytest.mark.parametrize("opcode", [1, 2], ids=["text", "binary"])
+    @pytest.mark.parametrize("payloads, pongs", [
+        ([b"\r\n\r\n"], 1), ([b"\r\n"], 0), ([b"\r\n", b"\r\n"], 0),
+        ([b"\r\n\r\n"] * 3, 3), ([b"\r\n" * 5], 1), ([b""], 0),
+        ([b"\r\n", OPTIONS, b"\r\n"], 0), ([b"\r\n\r\n", OPTIONS], 1)])
+    def test_keepalives(self, opcode, payloads, pongs, client):
+        """Each is a message; two pongs in a row are no ping (RFC 5626)."""
+        framing, mask = sip_ws(client), b"" if client else b"\1\2\3\4"
+        found = [feed(framing, frame(opcode, payload, mask))
+                 for payload in payloads]
+        assert [message for messages in found for message in messages] in (
+            [], [OPTIONS], [OPTIONS.decode()])
+        pong = framing._encode_frame(1, b"\r\n")
+        assert len(framing.output) == pongs * len(pong)
+        if not client:
+            assert framing.output == pongs * pong
+
+    def test_another_subprotocol_has_no_such_rules(self):
+        for payload in (b"\r\n\r\n", b"hello world"):
+            framing = ws()
+            assert feed(framing, frame(2, payload)) == [payload]
+            assert framing.output == b""
+
+    def test_in_fragments(self):
+        framing, ping = sip_ws(), b"\r\n\r\n"
+        messages = feed(framing, frame(1, ping[:1], final=False),
+                        frame(0, ping[1:]),
+                        frame(2, OPTIONS[:9], final=False),
+                        frame(0, OPTIONS[9:] + b"\r\n"))
+        assert messages == [OPTIONS] and unframe(framing.output) == [
+            (1, b"\r\n")]
+
+    def test_a_cut_within_a_character_leaves_bytes(self):
+        """Content-Length counts bytes; data is cut there in any case."""
+        message = "MESSAGE sip:x SIP/2.0\r\nl: 2\r\n\r\nh\u00e9llo".encode()
+        assert feed(sip_ws(), frame(1, message)) == [message[:-4]]
+
+    def test_over_sockets(self, make_world):
+        """A ping is answered and not handed over, junk ends it; 1007."""
+        world = make_world(framing="ws")
+        sock = socket.create_connection(("127.0.0.1", world.port), 5)
+        world.socks.append(sock)
+        sock.sendall(HELLO[:-2] + b"Sec-WebSocket-Protocol: sip\r\n\r\n")
+        world.until(lambda: world.events)
+        assert b" 101 " in sock.recv(1000)
+        sock.sendall(frame(1, b"\r\n\r\n") + frame(1, OPTIONS + b"x"))
+        world.until(lambda: world.messages)
+        (msg,) = world.messages
+        assert (msg.data, msg.method, msg.body) == (
+            OPTIONS, "OPTIONS", b"\r\nbody\x00\r\n\r\n")
+        assert unframe(sock.recv(100)) == [(1, b"\r\n")]
+        sock.sendall(frame(1, b"hello world"))
+        event = world.end(msg.conid)
+        assert (event.reason, event.detail) == ("protocol", "this is not SIP")
+        ((opcode, payload),) = unframe(sock.recv(100))
+        assert (opcode, payload) == (8, b"\x03\xefthis is not SIP")
+        assert len(world.messages) == 1
+
+    @pytest.mark.parametrize("text", [
+        "MESSAGE sip:x SIP/2.0\r\n\r\nBYE sip:x SIP/2.0\r\nl: 0\r\n\r\n",
+        "MESSAGE sip:x SIP/2.0\r\nl: 0\r\n\r\n"
+        "BYE sip:x SIP/2.0\r\nl: 0\r\n\r\n",
+        "\r\n\r\nBYE sip:x SIP/2.0\r\nl: 2\r\n\r\nabc\r\n\r\n"])
+    def test_sent_on_to_a_stream_it_is_one_message(self, make_world, text):
+        """No second message is smuggled in its body or behind it."""
+        world = make_world(framing="sip")
+        port = world.ops.connection(world.ops.listen(
+            "127.0.0.1", 0, framing="ws")).Rp
+        phone = type("Phone", (tcpops.WebSocketFraming,), {"offers": ("sip",)})
+        onward = world.ops.connect("127.0.0.1", world.port, framing="sip")
+        world.on_message = lambda msg: msg.proto == "ws" and world.ops.send(
+            onward, msg.data)
+        conid = world.ops.connect("127.0.0.1", port, framing=phone)
+        world.ops.send(conid, text)
+        world.until(lambda: len(world.messages) == 2)
+        world.settle()
+        came, went = world.messages
+        assert (came.proto, went.proto) == ("ws", "tcp")
+        assert (came.method, came.body) == (went.method, went.body)
+        assert went.header("l") == str(len(went.body))
 
 
 class TestMessageTimeout:
@@ -10321,6 +10594,22 @@ class Talkative(Endless):
     greeting = bytes(1 << 24)
 
 
+class Pinged(tcpops.LineFraming):
+    """Lines that ping a silent peer; "pong" is the answer."""
+
+    ping_interval = 30
+
+    def ping(self):
+        self.output += b"ping\n"
+
+    def next_message(self):
+        line = super().next_message()
+        if line != b"pong":
+            return line
+        self.awaits_pong = False
+        return tcpops.SKIPPED
+
+
 class TestWhyWeDoNotRead:
     """Each reason of NOT_READING with each kind of DEADLINES."""
 
@@ -10362,7 +10651,7 @@ class TestWhyWeDoNotRead:
         return sock, conid
 
     def world_for(self, make_world, clock, reason):
-        return make_world(framing="line", clock=clock,
+        return make_world(framing=Pinged, clock=clock,
                           max_write_buffer=1 if reason == "queue" else 1 << 30,
                           **self.SETTINGS)
 
@@ -10378,6 +10667,8 @@ class TestWhyWeDoNotRead:
             else:
                 conid = self.open(world, reason)[1]
             conn = world.ops._table.get(conid)
+            if kind == "pong":
+                conn.messages.inner.awaits_pong = True
             if reason == "suspended":
                 assert kind in world.ops.connection(conid).deadlines
                 world.ops._reactor.suspend(conn, "rests")
@@ -10476,6 +10767,414 @@ class TestWhyWeDoNotRead:
         world.settle()
         assert [event.reason for event in world.ends()] == [
             "message"] * (not came)
+
+
+HAPROXY = """
+defaults
+  mode %s
+  timeout connect 5s
+  timeout client 1h
+  timeout server 1h
+  timeout tunnel 1h
+listen between
+  bind fd@%d
+  server behind 127.0.0.1:%d
+"""
+
+
+class TestPings:
+    """The deadlines "ping" and "pong" of a framing with a ping_interval."""
+
+    SIP = functools.partial(tcpops.SipFraming, ping_interval=30) if hasattr(
+        tcpops, "SipFraming") else None
+    WS = functools.partial(tcpops.WebSocketFraming, ping_interval=30) if (
+        hasattr(tcpops, "WebSocketFraming")) else None
+    PING, PONG = frame(9, mask=b""), frame(10)
+
+    @staticmethod
+    def open(world, protocol=b""):
+        """Return the socket and conid of a WebSocket that is open."""
+        sock = socket.create_connection(("127.0.0.1", world.port), 5)
+        world.socks.append(sock)
+        count = len(world.events)
+        sock.sendall(HELLO[:-2] + protocol + b"\r\n")
+        world.until(lambda: len(world.events) > count)
+        assert b" 101 " in sock.recv(1000)
+        return sock, world.events[-1].conid
+
+    @staticmethod
+    def pass_time(world, *seconds):
+        for some in seconds:
+            world.ops.clock.advance(some)
+            world.settle()
+
+    @staticmethod
+    def nothing(sock):
+        return not select.select([sock], [], [], 0)[0]
+
+    def test_a_peer_that_answers_lives(self, make_world, clock):
+        world = make_world(framing=Pinged, clock=clock)
+        sock, conid = world.client()
+        for _ in range(5):
+            assert world.ops.connection(conid).deadlines == {
+                "ping": 30, "lifetime": 120}
+            self.pass_time(world, 29.9)
+            assert self.nothing(sock)
+            self.pass_time(world, 0.1)
+            assert sock.recv(9) == b"ping\n"
+            assert world.ops.connection(conid).deadlines == {
+                "pong": 10, "lifetime": 120}
+            self.pass_time(world, 9.9)
+            sock.send(b"pong\n")
+            world.step(5)
+        assert not world.messages and not world.ends()
+
+    def test_a_peer_that_does_not_ends(self, make_world, clock):
+        world = make_world(framing=Pinged, clock=clock)
+        sock, conid = world.client()
+        states = []
+        world.on_event = lambda event: states.append(
+            world.ops.tcp_conid_state())
+        self.pass_time(world, 30, 9.9)
+        assert world.ops.tcp_conid_alive(conid) and not world.ends()
+        self.pass_time(world, 0.1)
+        event = world.end(conid)
+        assert (event.name, event.reason, event.errno, event.detail) == (
+            TIMEOUT, "keepalive", errno.ETIMEDOUT, "no pong in 10 s")
+        assert states == [State.ERROR] and event.age == 40
+
+    def test_any_byte_puts_them_off(self, make_world, clock):
+        """But only a pong takes the deadline away."""
+        world = make_world(framing=Pinged, clock=clock)
+        sock, conid = world.client()
+        for _ in range(3):
+            self.pass_time(world, 29)
+            sock.send(b".")
+            world.step(5)
+            sock.send(b"\n")
+            world.step(5)
+        self.pass_time(world, 29.9)
+        assert self.nothing(sock) and len(world.messages) == 3
+        self.pass_time(world, 0.1)
+        for _ in range(3):
+            self.pass_time(world, 9)
+            sock.send(b"no pong\n")
+            world.step(5)
+        self.pass_time(world, 9.9)
+        assert not world.ends() and sock.recv(99) == b"ping\n"
+        self.pass_time(world, 0.1)
+        assert world.end(conid).reason == "keepalive"
+
+    def test_an_interval_shorter_than_the_timeout(self, make_world, clock):
+        world = make_world(clock=clock, framing=type(
+            "Often", (Pinged,), {"ping_interval": 1}))
+        sock, conid = world.client()
+        for _ in range(5):
+            self.pass_time(world, 1)
+            assert sock.recv(9) == b"ping\n"
+            sock.send(b"pong\n")
+            world.step(5)
+        self.pass_time(world, 1)
+        assert sock.recv(9) == b"ping\n"
+        for _ in range(9):
+            self.pass_time(world, 1)
+        assert self.nothing(sock)  # one at a time
+        self.pass_time(world, 1)
+        assert world.end(conid).reason == "keepalive"
+
+    def test_they_renew_the_lifetime(self, make_world, clock):
+        """As all bytes do; so the peer that answers is never idle."""
+        world = make_world(framing=Pinged, clock=clock, connection_lifetime=35)
+        sock, conid = world.client()
+        for _ in range(5):
+            self.pass_time(world, 30)
+            sock.send(b"pong\n")
+            world.step(5)
+        assert not world.ends()
+        assert world.ops.tcp_set_connection_lifetime(conid, 20)
+        self.pass_time(world, 20)
+        assert world.end(conid).reason == "lifetime"
+
+    def test_a_new_lifetime_puts_no_ping_off(self, make_world, clock):
+        world = make_world(framing=Pinged, clock=clock)
+        _, conid = world.client()
+        for seconds in (10, 10, 10, 3, 3, 3):
+            self.pass_time(world, seconds)
+            assert world.ops.tcp_set_connection_lifetime(conid, 50)
+        self.pass_time(world, 1)
+        assert world.end(conid).reason == "keepalive"
+
+    def test_what_we_send_puts_no_ping_off(self, make_world, clock):
+        world = make_world(framing=Pinged, clock=clock)
+        sock, conid = world.client()
+        for seconds in (10, 10, 10, 3, 3, 3):
+            self.pass_time(world, seconds)
+            assert world.ops.send(conid, b"news")
+        assert sock.recv(99).count(b"ping\n") == 1
+        self.pass_time(world, 1)
+        assert world.end(conid).reason == "keepalive"
+
+    @pytest.mark.parametrize("framing", [
+        "line", *marked("sip", "ws"), tcpops.LineFraming])
+    def test_off_unless_asked_for(self, make_world, clock, framing):
+        world = make_world(framing=framing, clock=clock)
+        sock, conid = (self.open(world) if framing == "ws"
+                       else world.client())
+        assert world.ops.connection(conid).deadlines == {"lifetime": 120}
+        self.pass_time(world, 119)
+        assert self.nothing(sock)
+
+    @pytest.mark.parametrize("name, value", [
+        ("ping_interval", value) for value in (
+            0, -1, None, "soon", math.nan, 2 ** 31, True)] + [
+        ("ping_timeout", value) for value in (
+            0, -1, None, "soon", math.inf)])
+    def test_wrong_values(self, world, name, value):
+        framing = functools.partial(Pinged, **{"ping_interval": 5,
+                                               name: value})
+        for call in (world.ops.listen, world.ops.connect):
+            with pytest.raises(ValueError, match=name):
+                call("127.0.0.1", world.port, framing=framing)
+        framing = type("Wrong", (Pinged,), {name: value})
+        with pytest.raises(ValueError, match=name):
+            world.ops.listen("127.0.0.1", 0, framing=framing)
+
+    def test_given_by_partial_by_class_and_as_a_string(self, make_world,
+                                                       clock):
+        for framing in (
+                type("Late", (Pinged,), {"ping_interval": "50",
+                                         "ping_timeout": 2.5}),
+                functools.partial(Pinged, ping_interval=50.0,
+                                  ping_timeout="2.5")):
+            world = make_world(framing=framing, clock=clock)
+            sock, conid = world.client()
+            self.pass_time(world, 49.9, 0.1)
+            assert sock.recv(9) == b"ping\n"
+            self.pass_time(world, 2.4)
+            assert not world.ends()
+            self.pass_time(world, 0.1)
+            assert world.end(conid).detail == "no pong in 2.5 s"
+
+    def test_a_ping_that_raises(self, make_world, clock, logged):
+        world = make_world(clock=clock, framing=type(
+            "Mute", (tcpops.LineFraming,), {"ping_interval": 30}))
+        _, conid = world.client()
+        self.pass_time(world, 30)
+        event = world.end(conid)
+        assert event.reason == "protocol" and "ping" in event.detail
+        assert len(logged) == 1
+
+    def test_none_while_bytes_wait_before_it(self, make_world, clock):
+        """The pong could not come in time; the deadline "send" counts."""
+        world = make_world(framing=Pinged, clock=clock, send_timeout=1000,
+                           connection_lifetime=5000, max_write_buffer=1 << 30)
+        sock, conid = world.client()
+        world.fill(conid)
+        self.pass_time(world, 30, 30, 30)
+        assert not world.ends() and not (
+            world.ops._table.get(conid).messages.inner.awaits_pong)
+        found = 0
+        while world.ops.connection(conid).queued or not self.nothing(sock):
+            found += sock.recv(1 << 20).count(b"ping")
+            world.ops.step(0)
+        assert not found
+        self.pass_time(world, 30)
+        assert sock.recv(9) == b"ping\n"
+
+    @pytest.mark.parametrize("answers", [True, False])
+    def test_while_we_do_not_read(self, make_world, clock, answers):
+        """The time for the pong begins again once we read."""
+        world = make_world(framing=Pinged, clock=clock, max_write_buffer=1,
+                           send_timeout=10000, connection_lifetime=50000)
+        sock, conid = world.client()
+        self.pass_time(world, 30)
+        assert sock.recv(9) == b"ping\n"
+        fill(world, conid)
+        if answers:
+            sock.send(b"pong\n")
+        self.pass_time(world, 9, 100, 100)
+        assert not world.ends()
+        while world.ops.connection(conid).queued or not self.nothing(sock):
+            sock.recv(1 << 20)
+            world.ops.step(0)
+        world.settle()
+        assert {kind: time for kind, time in world.ops.connection(
+            conid).deadlines.items() if kind != "lifetime"} == (
+                {"ping": 30} if answers else {"pong": 10})
+        self.pass_time(world, 9.9)
+        assert not world.ends()
+        self.pass_time(world, 0.1)
+        assert bool(world.ends()) == (not answers)
+
+    def test_a_loop_that_did_not_look(self, make_world, clock):
+        """The pong has been here for long: it is read first."""
+        world = make_world(framing=Pinged, clock=clock)
+        sock, conid = world.client()
+        self.pass_time(world, 30)
+        sock.send(b"pong\n")
+        self.pass_time(world, 100)
+        assert not world.ends() and world.ops.connection(
+            conid).deadlines["ping"] == 30
+
+    def test_a_fin_decides(self, make_world, clock):
+        """Nor is one pinged that we have left, or that lingers."""
+        world = make_world(framing=Pinged, clock=clock, linger=100)
+        sock, conid = world.client()
+        self.pass_time(world, 30)
+        world.ops.tcp_close_connection(conid)
+        self.pass_time(world, 40)
+        assert not world.ends() and sock.recv(99) == b"ping\n"
+        sock.close()
+        assert world.end(conid).reason == "closed"
+        sock, conid = world.client()
+        self.pass_time(world, 30)
+        assert sock.recv(99) == b"ping\n"
+        sock.close()
+        clock.advance(10)
+        assert world.end(conid).reason == "eof"
+
+    @needs_ws
+    def test_none_in_a_handshake(self, make_world, clock):
+        world = make_world(framing=self.WS, clock=clock, message_timeout=100)
+        sock = socket.create_connection(("127.0.0.1", world.port), 5)
+        world.socks.append(sock)
+        world.until(world.ops.conids)
+        self.pass_time(world, 50)
+        assert self.nothing(sock)
+        sock.sendall(HELLO)
+        world.until(lambda: world.events)
+        (conid,) = world.ops.conids()
+        assert world.ops.connection(conid).deadlines["ping"] == 30
+
+    @needs_ws
+    def test_of_a_websocket(self, make_world, clock):
+        world = make_world(framing=self.WS, clock=clock)
+        sock, conid = self.open(world)
+        for answer in (self.PONG, frame(10, b"of another ping")):
+            self.pass_time(world, 30)
+            assert sock.recv(99) == self.PING
+            sock.send(answer)
+            world.step(5)
+            assert "pong" not in world.ops.connection(conid).deadlines
+        self.pass_time(world, 30)
+        sock.send(frame(9) + frame(1, b"no pong"))
+        world.until(lambda: world.messages)
+        assert world.ops.connection(conid).deadlines["pong"] == 10
+        self.pass_time(world, 10)
+        assert world.end(conid).reason == "keepalive"
+
+    @needs_ws
+    @needs_tls
+    def test_over_tls(self, make_world, clock):
+        server, client = contexts()
+        world = make_world(framing=self.WS, tls=server, clock=clock)
+        peer = Peer(world, client, True)
+        (conid,) = world.ops.conids()
+        for _ in range(2):
+            self.pass_time(world, 30)
+            assert peer.receive(2) == self.PING
+            assert world.ops.connection(conid).deadlines["pong"] == 10
+            peer.sock.sendall(peer.seal(self.PONG))
+            world.step(5)
+            assert world.ops.connection(conid).deadlines["ping"] == 30
+        self.pass_time(world, 30, 10)
+        assert world.end(conid).detail == "no pong in 10 s"
+
+    @needs_ws
+    @needs_sip
+    @pytest.mark.parametrize("answer", [frame(10), frame(1, b"\r\n"),
+                                        frame(2, b"\r\n")])
+    def test_of_sip_over_a_websocket(self, make_world, clock, answer):
+        """That of RFC 5626, and a frame, which every browser answers."""
+        world = make_world(framing=self.WS, clock=clock)
+        sock, conid = self.open(world, b"Sec-WebSocket-Protocol: sip\r\n")
+        self.pass_time(world, 30)
+        assert unframe(sock.recv(99)) == [(1, b"\r\n\r\n"), (9, b"")]
+        sock.send(frame(1, b"\r\n\r\n"))
+        world.step(5)
+        assert world.ops.connection(conid).deadlines["pong"] == 10
+        sock.send(answer)
+        world.step(5)
+        assert world.ops.connection(conid).deadlines["ping"] == 30
+        self.pass_time(world, 30, 10)
+        assert world.end(conid).reason == "keepalive"
+        assert not world.messages
+
+    @needs_sip
+    def test_of_sip(self, make_world, clock):
+        """RFC 5626, 4.4.1: of a client, and of a server."""
+        world = make_world(framing=self.SIP, clock=clock)
+        for role in (world.client, functools.partial(
+                world.outgoing, framing=self.SIP)):
+            sock, conid = role()
+            self.pass_time(world, 30)
+            assert sock.recv(99) == b"\r\n\r\n"
+            sock.send(OPTIONS)
+            world.step(5)
+            assert world.ops.connection(conid).deadlines["pong"] == 10
+            sock.send(b"\r\n")
+            world.step(5)
+            assert world.ops.connection(conid).deadlines["ping"] == 30
+            self.pass_time(world, 30, 9.9)
+            assert sock.recv(99) == b"\r\n\r\n" and world.ops.tcp_conid_alive(
+                conid)
+            self.pass_time(world, 0.1)
+            assert world.end(conid).reason == "keepalive"
+        assert len(world.messages) == 2
+
+    @needs_sip
+    def test_two_that_ping_each_other(self, make_world, clock):
+        """At the same time, so the pings cross; no pong is asked for."""
+        world = make_world(framing=self.SIP, clock=clock)
+        world.ops.connect("127.0.0.1", world.port, framing=self.SIP)
+        world.until(lambda: len(world.events) == 2)
+        for _ in range(10):
+            self.pass_time(world, 30)
+        assert not world.ends()
+        assert {info.bytes_in for info in world.ops.connections()} <= {58, 60}
+
+    @real_time
+    @needs("haproxy")
+    @pytest.mark.parametrize("proto", marked("sip", "ws"))
+    @as_root(why_nobody_vanishes)
+    def test_a_peer_vanishes_behind_a_proxy(self, make_world, tmp_path, proto):
+        """The proxy's kernel acknowledges all: only a ping finds out."""
+        world = make_world(framing=functools.partial(
+            tcpops.FRAMINGS[proto], ping_interval=0.3, ping_timeout=0.7))
+        front = world.server()
+        config = tmp_path / "haproxy.cfg"
+        config.write_text(HAPROXY % ("http" if proto == "ws" else "tcp",
+                                     front.fileno(), world.port))
+        with subprocess.Popen(["haproxy", "-db", "-q", "-f", config],
+                              pass_fds=[front.fileno()]) as proxy:
+            try:
+                (here, stays), (browser, goes) = (
+                    self.behind(world, front, proto) for _ in range(2))
+                for conid in (stays, goes):
+                    assert world.ops.tcp_keepalive_enable(conid, 1, 1, 1)
+                vanish(browser)
+                gone = time.monotonic()
+                answer = b"\r\n" if proto == "sip" else frame(10)
+                while not world.ends(goes) and time.monotonic() < gone + 10:
+                    world.ops.step(0.05)
+                    if not self.nothing(here) and here.recv(99):
+                        here.sendall(answer)
+                (event,) = world.ends()
+                assert (event.conid, event.name, event.reason) == (
+                    goes, TIMEOUT, "keepalive")
+                assert event.detail == "no pong in 0.7 s"
+                assert 1 < time.monotonic() - gone < 2
+            finally:
+                proxy.kill()
+
+    def behind(self, world, front, proto):
+        """Return a client's socket and its conid, through the proxy."""
+        sock = socket.create_connection(front.getsockname(), 5)
+        world.socks.append(sock)
+        count, told = len(world.events), len(world.messages)
+        sock.sendall(HELLO + frame(1, b"hello") if proto == "ws" else OPTIONS)
+        world.until(lambda: len(world.messages) > told)
+        return sock, world.events[count].conid
 
 
 class TestSnapshots:

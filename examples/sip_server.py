@@ -45,15 +45,23 @@ def show(*words):
         print(*words)
 
 
+def lines_of(msg, *names):
+    """Return a message's header lines of these names; it may lack some."""
+    return [f"{name}: {value}" for name in names
+            for value in msg.headers(name)]
+
+
 def answer(msg, status, *extra):
     """Answer a request without relaying it."""
-    lines = [f"SIP/2.0 {status}"]
-    lines += [f"Via: {via}" for via in msg.headers("Via")]
-    lines += [f"From: {msg.header('From')}",
-              f"To: {msg.header('To')};tag=tcpops-{msg.conid}",
-              f"Call-ID: {msg.header('Call-ID')}",
-              f"CSeq: {msg.header('CSeq')}", *extra, "Content-Length: 0"]
-    msg.reply("\r\n".join(lines) + "\r\n\r\n")
+    lines = lines_of(msg, "Via", "From", "Call-ID", "CSeq")
+    for to in lines_of(msg, "To"):
+        # Within a dialog it has our tag (RFC 3261, 8.2.6.2); a parameter in
+        # the angle brackets is the URI's.
+        own = re.sub(r'"(?:\\.|[^"\\])*"|<[^>]*>', "", to)
+        has_tag = re.search(r";[ \t]*tag[ \t]*=", own, re.IGNORECASE)
+        lines.append(to if has_tag else f"{to};tag=tcpops-{msg.conid}")
+    msg.reply("\r\n".join([f"SIP/2.0 {status}", *lines, *extra,
+                           "Content-Length: 0"]) + "\r\n\r\n")
 
 
 def user_of(uri):
@@ -69,8 +77,7 @@ def on_request(msg):
         users[user_of(msg.header("To"))] = msg.conid
         # Example 1.6: raise the lifetime of who has registered.
         ops.tcp_set_connection_lifetime("3605")
-        answer(msg, "200 OK", f"Contact: {msg.header('Contact')}",
-               "Expires: 3600")
+        answer(msg, "200 OK", *lines_of(msg, "Contact"), "Expires: 3600")
     elif users.get(user) or not is_ours(msg.uri):
         relay(msg, users.get(user))
     elif msg.method == "OPTIONS":

@@ -122,6 +122,14 @@ def why_nobody_vanishes():
         return str(error)
 
 
+def needs_vanishing_peers():
+    """Skip a test where vanish() cannot be had, in no network at all."""
+    try:
+        where()
+    except OSError as error:
+        pytest.skip(str(error))
+
+
 def as_root(why_not):
     """Decorate a test that an ordinary user can run as the root of a network
     of their own: there it runs, in another pytest, if why_not() says why it
@@ -17453,14 +17461,17 @@ class TestReadme:
 class TestExamples:
     @pytest.mark.parametrize("name", marked(*sorted(
         {path.stem for path in (HERE / "examples").glob("*.py")}
-        - {"bench", "conformance", "cut", "facts", "hostile", "serve", "storm",
-           "storm_model", "storm_peers", "vanish"})))
+        - {"bench", "conformance", "cut", "deaths", "facts", "hostile",
+           "kernel", "serve", "slow", "storm", "storm_model", "storm_peers",
+           "twins", "vanish"})))
     def test_an_example_prints_what_it_says(self, name, tmp_path):
+        if name == "vanished_peer":
+            needs_vanishing_peers()
         path = HERE / "examples" / f"{name}.py"
         text = path.read_text(encoding="utf-8")
         assert text.count("\n") < (250 if "--listen" in text else
                                      180 if name == "from_kamailio" else
-                                     50)
+                                     55)
         doc = ast.get_docstring(ast.parse(text))
         said = re.search(r"Prints:\n(.*)", doc, re.S)[1]
         said = re.sub(r"^    ", "", said, flags=re.M).strip() + "\n"
@@ -17672,6 +17683,402 @@ def serving(name):
             yield "127.0.0.1", port
         finally:
             process.kill()
+
+
+DEATHS_PROGRAM = [sys.executable, "-W", "error",
+                  str(HERE / "examples" / "deaths.py")]
+
+
+def deaths_program(*words):
+    return subprocess.run([*DEATHS_PROGRAM, *words], capture_output=True,
+                          text=True, timeout=90)
+
+
+@pytest.fixture
+def show_deaths(monkeypatch):
+    """Return examples/deaths.py as a module, and a function that runs it."""
+    module = importlib.import_module("deaths")
+
+    def main(*words):
+        monkeypatch.setattr(sys, "argv", ["deaths.py", *words])
+        module.main()
+    return module, main
+
+
+@pytest.mark.skipif(not LINUX, reason="it asks for TCP_INFO")
+class TestDeathsShown:
+    """examples/deaths.py: thirteen ends, as three twins see each."""
+
+    GONE, QUIET = "IN OUT RDHUP HUP ERR", ("0", "EAGAIN", "nothing")
+    #: What poll, TCP_INFO, SO_ERROR and MSG_PEEK say, asyncio and tcpops.
+    ROWS = {
+        "fin": ("IN OUT RDHUP", "CLOSE_WAIT", "0", "end of file", "None",
+                "eof"),
+        "half-close": ("IN OUT RDHUP", "CLOSE_WAIT", "0", "end of file",
+                       "None", "eof"),
+        "rst": (GONE, "CLOSE", "ECONNRESET", "end of file", "ECONNRESET",
+                "reset"),
+        "rst-behind-data": (GONE, "CLOSE", "ECONNRESET", "b'data'",
+                            "ECONNRESET", "reset"),
+        "fin-behind-data": ("IN OUT RDHUP", "CLOSE_WAIT", "0", "b'data'",
+                            "None", "eof"),
+        "vanish": (GONE, "CLOSE", "ETIMEDOUT", "end of file", "ETIMEDOUT",
+                   "keepalive"),
+        "vanish-in-flight": ("OUT", "ESTABLISHED", *QUIET, "keepalive"),
+        "shut-window": ("nothing", "ESTABLISHED", *QUIET, "send"),
+        "refused": (GONE, "CLOSE", "ECONNREFUSED", "end of file",
+                    "ECONNREFUSED", "refused" if "refused" in tcpops.REASONS
+                    else "reset"),
+        "black-hole": ("nothing", "SYN_SENT", *QUIET, "connect"),
+        "drip": ("IN OUT", "ESTABLISHED", "0", "b'xxxxx", "nothing",
+                 "message"),
+        "lifetime": ("OUT", "ESTABLISHED", *QUIET, "lifetime"),
+        "own-close": ("IN OUT RDHUP HUP", "CLOSE", "0", "b'xx", "None",
+                      "closed")}
+    #: Words of some of the rows above the table.
+    WORDS = {
+        "fin": ["asyncio   eof_received(); connection_lost(None)",
+                "tcpops    tcp:closed eof (FIN from the peer)",
+                "we        answer: an RST comes back, SO_ERROR EPIPE"],
+        "half-close": ["we        answer: the peer reads b'answer'"],
+        "rst": ["asyncio   connection_lost(ECONNRESET)"],
+        "rst-behind-data": [
+            "asyncio   data_received(b'data'); connection_lost(ECONNRESET)",
+            "tcpops    message b'data'; tcp:reset reset ("],
+        "fin-behind-data": ["tcpops    message b'data'; tcp:closed eof ("],
+        "vanish": ["tcpops    tcp:timeout keepalive ("],
+        "vanish-in-flight": ["asyncio   nothing", "sent again: "],
+        "shut-window": ["asyncio   pause_writing()\n", "probes: ",
+                        "tcpops    tcp:timeout send ("],
+        "refused": ["asyncio   create_connection() raises ECONNREFUSED"],
+        "black-hole": ["asyncio   nothing", "SYN_SENT, sent again: ",
+                       "tcp:timeout connect (no answer in 1.5 s)"],
+        "drip": ["asyncio   data_received(b'x') ", " times\n"],
+        "lifetime": ["asyncio   nothing"],
+        "own-close": ["asyncio's peer read b'bye', ECONNRESET;",
+                      "the peer of tcpops b'bye', FIN"]}
+
+    def test_the_programs_can_be_read(self):
+        for name, most in (("deaths", 450), ("twins", 200), ("kernel", 80),
+                           ("slow", 40)):
+            text = (HERE / "examples" / f"{name}.py").read_text("utf-8")
+            assert text.count("\n") <= most
+            assert max(map(len, text.split("\n"))) <= 79
+            assert not re.search(r"\b(?:ops|tcpops)\._", text)
+
+    @real_time
+    def test_each_death(self):
+        """Each on a slide of 100 columns, and the table of all."""
+        start = time.monotonic()
+        done = deaths_program()
+        assert (done.stderr, done.returncode) == ("", 0), done.stdout
+        assert time.monotonic() - start < 45  # 11 s on a machine at leisure
+        assert max(map(len, done.stdout.split("\n"))) <= 100
+        *slides, table = done.stdout.split("\n\n")
+        left_out = [slide for slide in slides if "left out" in slide]
+        assert len(slides) == len(self.ROWS) == 13
+        head, *rows, caption = table.splitlines()
+        assert caption.split()[0] == "asyncio:"
+        assert head.split() == ["poll", "TCP_INFO", "SO_ERROR", "MSG_PEEK",
+                                "asyncio", "tcpops"]
+        assert len(rows) + len(left_out) == 13
+        starts = [17, 38, 51, 64, 77, 90, 100]
+        cells = {row[:17].strip(): [row[a:b].strip() for a, b in zip(
+            starts, starts[1:])] for row in rows}
+        for number, (name, slide) in enumerate(zip(self.ROWS, slides), 1):
+            if slide in left_out and "vanish" in name:
+                assert why_nobody_vanishes()
+                continue
+            assert slide.split()[0] == str(number)
+            for words in self.WORDS[name]:
+                assert words in slide + "\n", slide
+            for cell, wanted in zip(cells[name], self.ROWS[name]):
+                assert cell.startswith(wanted) if wanted[:3] == "b'x" else (
+                    cell == wanted), (name, cells[name])
+
+    def test_a_slide(self):
+        """Its rows are aligned; seconds are in front of those that tell."""
+        done = deaths_program("--only", "rst-behind-data")
+        assert (done.stderr, done.returncode) == ("", 0)
+        _, title, *rows = done.stdout.splitlines()
+        assert title.split() == ["4", "RST", "behind", "unread", "data"]
+        assert [row[10:18].strip() for row in rows[:7]] == [
+            "peer", "poll", "TCP_INFO", "SO_ERROR", "MSG_PEEK", "asyncio",
+            "tcpops"]
+        for row in rows[:7]:
+            told = row[10:14] in ("poll", "asyn", "tcpo")
+            assert bool(re.match(r" \d\.\d{3} s  ", row)) == told, row
+            assert row[18:20] == "  " != row[20:22]
+        assert rows[7].startswith("          MSG_PEEK shows the data as if")
+
+    def test_only(self):
+        """Several may be named; they come in the order of the program."""
+        done = deaths_program("--only", "refused,fin")
+        assert (done.stderr, done.returncode) == ("", 0)
+        assert re.findall(r"(?m)^ +\d+  (.*)", done.stdout) == ["FIN",
+                                                                "Refused"]
+        assert [row.split()[0] for row in done.stdout.split("\n\n")[-1]
+                .splitlines()[1:-1]] == ["fin", "refused"]
+
+    @pytest.mark.parametrize("words, said", [
+        (["--only", "nonsense"], "no death is called 'nonsense'; the names"
+         " are fin, half-close, rst, "), (["--only", ""], "called ''"),
+        (["--only", "fin,rts"], "called 'rts'"),
+        (["--only"], "expected one argument"),
+        (["fin"], "unrecognized arguments: fin")])
+    def test_wrong_words(self, words, said):
+        status, line = refused(*words, program="examples/deaths.py")
+        assert status == 2
+        assert line.startswith("deaths.py: ") and said in line
+
+    def test_help_names_each_death(self):
+        done = deaths_program("--help")
+        assert (done.stderr, done.returncode) == ("", 0)
+        names = done.stdout.partition("The names: ")[2]
+        assert names.rstrip(".\n").replace("\n", " ").split(", ") == [
+            *self.ROWS]
+        assert max(map(len, done.stdout.split("\n"))) <= 79
+
+    def test_slow_announces_each_act(self, show_deaths, monkeypatch, capsys):
+        """What is done is on the slide before it is done."""
+        module, _ = show_deaths
+        acts, pauses, turn = [], [], module.turn
+
+        async def paused(twins, seconds, *args, **how):
+            if seconds == 7:
+                pauses.append((capsys.readouterr().out.splitlines()[-1],
+                               [*acts]))
+                seconds = 0
+            await turn(twins, seconds, *args, **how)
+        monkeypatch.setattr(module, "turn", paused)
+        (death,) = [death for death in module.DEATHS
+                    if death.name == "own-close"]
+        watched = death._replace(
+            act=lambda twin: (acts.append("peer"), death.act(twin)),
+            do=lambda twin: (acts.append("we"), death.do(twin)))
+        monkeypatch.setattr(module, "DEATHS", [watched])
+        asyncio.run(module.run([watched], 7))
+        assert [did for _, did in pauses[:2]] == [[], ["peer"] * 3]
+        assert death.peer in pauses[0][0] and death.we in pauses[1][0]
+        assert [row[10:18].strip() for row, _ in pauses[:5]] == [
+            "peer", "we", "MSG_PEEK", "asyncio", "tcpops"]
+        assert len(pauses) == 6
+
+    def test_slow_means_a_second(self, show_deaths, monkeypatch):
+        module, main = show_deaths
+        called = []
+
+        async def run(*args):
+            called.append(args)
+        monkeypatch.setattr(module, "run", run)
+        monkeypatch.setattr(module, "go_there", lambda: None)
+        main("--slow", "--only", "vanish")
+        main("--only", "rst")
+        assert [(names[0].name, pause, kernel, missing)
+                for names, pause, kernel, missing in called] == [
+            ("vanish", 1, None, ""), ("rst", 0, None, "")]
+
+    def test_no_peer_can_vanish(self, show_deaths, monkeypatch, capsys):
+        """Such a death is left out, and it says what is missing."""
+        module, main = show_deaths
+
+        def nowhere():
+            raise PermissionError("unshare failed: no")
+        monkeypatch.setattr(module, "go_there", nowhere)
+        main("--only", "fin,vanish,vanish-in-flight")
+        told, captured = "unshare failed: no", capsys.readouterr()
+        assert captured.out.count(
+            f"  left out  it needs root, or unshare -Urn: {told}\n") == 2
+        assert "tcp:closed eof" in captured.out
+
+    def test_no_linux(self, show_deaths, monkeypatch, capsys):
+        module, main = show_deaths
+        monkeypatch.setattr(module, "LINUX", False)
+        with pytest.raises(SystemExit) as raised:
+            main()
+        assert raised.value.code == 2
+        assert capsys.readouterr().err == "deaths.py: this needs Linux\n"
+
+    @pytest.mark.parametrize("where", ["1 FIN", "8 Shut"])
+    def test_interrupted(self, where):
+        """In an act that is announced, and where the end is awaited."""
+        words = (["--slow"] if where == "1 FIN" else ["--only",
+                                                      "shut-window"])
+        with subprocess.Popen([*DEATHS_PROGRAM, *words], text=True,
+                              stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE) as process:
+            lines = [process.stdout.readline() for _ in range(3)]
+            assert " ".join(lines[1].split()).startswith(where)
+            process.send_signal(signal.SIGINT)
+            _, told = process.communicate(timeout=20)
+        assert (told, process.returncode) == ("", 130)
+
+    def test_a_reader_that_goes(self):
+        done = subprocess.run(
+            ["sh", "-c", '"$0" "$@" | head -2', *DEATHS_PROGRAM, "--only",
+             "fin,rst"], capture_output=True, text=True, timeout=30)
+        assert (done.stdout.split(), done.stderr) == (["1", "FIN"], "")
+
+
+@pytest.mark.skipif(not LINUX, reason="they are Linux' trace points")
+class TestDeathsByTheKernel:
+    """--kernel: what the kernel's trace points recorded."""
+
+    #: By death: what must be among the rows, in this order.
+    RECORDS = {
+        "fin": ["a FIN came: CLOSE_WAIT", "our FIN left: LAST_ACK",
+                "it is over: CLOSE"],
+        "rst": ["an RST came", "it is over: CLOSE", "error ECONNRESET"],
+        "rst-behind-data": ["4 bytes came", "an RST came",
+                            "it is over: CLOSE", "error ECONNRESET"],
+        "fin-behind-data": ["4 bytes came", "a FIN came: CLOSE_WAIT"],
+        "vanish": ["it is over: CLOSE", "error ETIMEDOUT"],
+        "vanish-in-flight": ["sent again", "our FIN left: FIN_WAIT1"],
+        "refused": ["an RST came", "it is over: CLOSE",
+                    "error ECONNREFUSED"],
+        "own-close": ["1 byte came", "our FIN left: FIN_WAIT1",
+                      "our FIN is acknowledged: FIN_WAIT2",
+                      "it is over: CLOSE"]}
+
+    @real_time
+    def test_the_record(self):
+        done = deaths_program("--kernel", "--only", ",".join(self.RECORDS))
+        if done.returncode == 2:
+            assert re.fullmatch("deaths.py: --kernel needs root, Linux and"
+                                " tracefs: .+\n", done.stderr)
+            pytest.skip(done.stderr.strip())
+        assert (done.stderr, done.returncode) == ("", 0)
+        assert max(map(len, done.stdout.split("\n"))) <= 100
+        *slides, _ = done.stdout.split("\n\n")
+        assert len(slides) == len(self.RECORDS)
+        for (name, wanted), slide in zip(self.RECORDS.items(), slides):
+            found = [(float(when), what) for when, what in re.findall(
+                r"(?m)^ *(\d+\.\d+) s  kernel    (.*)$", slide)]
+            assert found == sorted(found, key=lambda row: row[0])
+            rows = iter(what for _, what in found)
+            for words in wanted:
+                assert any(row.startswith(words) for row in rows), slide
+
+    def test_nothing_of_it_stays(self, show_deaths, monkeypatch):
+        """Its instance goes where a trace point is missing, or on Ctrl-C."""
+        kernel = importlib.import_module("kernel")
+        done = []
+        monkeypatch.setattr(kernel.os.path, "isdir", lambda path: True)
+        monkeypatch.setattr(kernel.os, "mkdir", done.append)
+        monkeypatch.setattr(kernel.os, "rmdir", done.append)
+
+        def put(self, name, text):
+            raise KeyboardInterrupt
+        monkeypatch.setattr(kernel.Kernel, "put", put)
+        with pytest.raises(KeyboardInterrupt):
+            kernel.Kernel()
+        assert len(done) == 2 and done[0] == done[1]
+
+    @pytest.mark.parametrize("line, ports, word", [
+        ("tcp_receive_reset: family=AF_INET sport=5 dport=6 saddr=127.0.0.1",
+         (5, 6), "RST"),
+        ("inet_sk_error_report: family=AF_INET protocol=IPPROTO_TCP sport=5"
+         " dport=6 error=110", (5, 6), "error 110"),
+        ("inet_sock_set_state: sport=5 dport=6 oldstate=TCP_ESTABLISHED"
+         " newstate=TCP_CLOSE_WAIT", (5, 6), "CLOSE_WAIT"),
+        ("inet_sock_set_state: sport=5 dport=6 oldstate=TCP_FIN_WAIT1"
+         " newstate=TCP_FIN_WAIT1", (5, 6), None),
+        ("inet_sock_set_state: sport=5 dport=6 oldstate=TCP_FIN_WAIT1"
+         " newstate=TCP_FIN_WAIT2", (5, 6), "FIN_WAIT2"),
+        ("tcp_probe: family=AF_INET src=127.0.0.1:5 dest=127.0.0.1:6"
+         " data_len=4 ", (5, 6), "4 bytes"),
+        ("tcp_probe: family=AF_INET src=127.0.0.1:5 dest=127.0.0.1:6"
+         " data_len=0 ", (5, 6), None),
+        ("tcp_retransmit_skb: skbaddr=1 sport=5 dport=6", (5, 6), "again")])
+    def test_a_record_is_read(self, line, ports, word, tmp_path):
+        kernel = importlib.import_module("kernel")
+        (tmp_path / "trace").write_text(
+            f"# a comment\n  python-7  [001] d..1.  12.500000: {line}\n")
+        instance = types.SimpleNamespace(
+            path=tmp_path, put=lambda name, text: None)
+        assert kernel.Kernel.take(instance) == (
+            {ports: [(12.5, word)]} if word else {})
+
+    def test_without_root(self, show_deaths, monkeypatch, capsys):
+        module, main = show_deaths
+
+        def refuse(points):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        monkeypatch.setattr(module, "Kernel", refuse)
+        with pytest.raises(SystemExit) as raised:
+            main("--kernel")
+        assert raised.value.code == 2
+        assert capsys.readouterr().err == (
+            "deaths.py: --kernel needs root, Linux and tracefs: [Errno 13]"
+            " Permission denied\n")
+
+
+class TestDeathsSlowExamples:
+    """The small examples: --slow, and what it must not change."""
+
+    SLOW = [path.stem for path in sorted((HERE / "examples").glob("*.py"))
+            if "from slow import" in path.read_text(encoding="utf-8")
+            and path.stem != "slow"]
+
+    def run(self, name, *words, code):
+        """Run an example in a Python in which something else holds."""
+        path = HERE / "examples" / f"{name}.py"
+        return subprocess.run(
+            [sys.executable, "-W", "error", "-c", "import runpy, sys, time\n"
+             f"sys.path.insert(0, {str(path.parent)!r})\n"
+             f"sys.argv = {[str(path), *words]!r}\n"
+             f"__doc__ = {path.read_text('utf-8')!r}\n{code}\n"
+             f"runpy.run_path({str(path)!r}, run_name='__main__')"],
+            capture_output=True, text=True, timeout=30)
+
+    @pytest.mark.parametrize("name", marked(*SLOW))
+    def test_slow(self, name):
+        """Each step is announced, then a second passes; the rest is as
+        without, but for the times that are stretched.
+        """
+        said = re.search(r"Prints:\n(.*)", ast.get_docstring(ast.parse(
+            (HERE / "examples" / f"{name}.py").read_text("utf-8"))), re.S)[1]
+        if name == "vanished_peer" and why_nobody_vanishes():
+            pytest.skip(why_nobody_vanishes())
+        done = self.run(name, "--slow", code=(
+            "import slow\nslow.pace = 1\n"
+            "time.sleep = lambda seconds: print(f'  waits {seconds} s')"))
+        assert (done.stderr, done.returncode) == ("", 0)
+        lines = done.stdout.splitlines()
+        announced = [at for at, line in enumerate(lines)
+                     if line.startswith("  next: ")]
+        assert announced
+        for at in reversed(announced):
+            assert lines[at + 1] == "  waits 1 s"
+            del lines[at:at + 2]
+        assert lines == [line[4:] for line in said.splitlines()]
+
+    def test_those_that_end_at_once_have_it(self):
+        """ws_chat stays up, with --listen."""
+        assert {*self.SLOW} >= {
+            "echo", "three_endings", "states", "keepalive", "lifetime",
+            "manual_events", "find_by_address", "embed", "from_kamailio",
+            "sip_server", "tls_echo", "vanished_peer", "shut_window",
+            "timeouts", "black_hole"}
+
+    def test_pace(self):
+        """What would be over too soon takes ten times longer."""
+        done = self.run("lifetime", "--slow", code=(
+            "import slow\nassert slow.pace == 10\nsys.exit()"))
+        assert (done.stdout, done.stderr, done.returncode) == ("", "", 0)
+
+    def test_help(self):
+        path = HERE / "examples" / "states.py"
+        done = subprocess.run([sys.executable, str(path), "--help"],
+                              capture_output=True, text=True, timeout=30)
+        assert (done.stderr, done.returncode) == ("", 0)
+        assert ast.get_docstring(ast.parse(path.read_text("utf-8"))).split(
+            "\n")[0] in done.stdout and "--slow" in done.stdout
+
+    def test_wrong_words(self):
+        status, line = refused("--fast", program="examples/states.py")
+        assert (status, line) == (
+            2, "states.py: unrecognized arguments: --fast")
 
 
 CONFORMANCE = [sys.executable, "-W", "error",

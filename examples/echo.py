@@ -1,6 +1,6 @@
 """The smallest server: each connection gets a conid, its bytes come back.
 
-    python examples/echo.py
+    python examples/echo.py [--slow]
     python examples/echo.py --listen 127.0.0.1:5060    stays up; then try
     nc 127.0.0.1 5060
 
@@ -11,19 +11,13 @@ Prints:
     conid 2 ended: eof after 5 bytes in, 5 out
 """
 
-import argparse
 import contextlib
 import socket
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from slow import options, soon  # finds tcpops.py, too
 import tcpops
 
-parser = argparse.ArgumentParser(description="Send back what comes.")
-parser.add_argument("--listen", metavar="HOST:PORT",
-                    type=tcpops.parse_address, help="stay up, and serve there")
-options = parser.parse_args()
 ops = tcpops.TcpOps()
 
 
@@ -54,10 +48,12 @@ if options.listen:
     ops.drain(1)
     sys.exit()
 client = socket.create_connection((listener.Ri, listener.Rp))
+soon("the client says hello")
 client.sendall(b"hello")
 while ops.stats()["bytes_out"] < 5:
     ops.step(timeout=1)
 print("the client got", client.recv(100))
+soon("the client closes")
 client.close()
 ops.run()  # until closed() stops it
 ops.close()

@@ -1,6 +1,6 @@
 """Another event loop drives it: asyncio, by fileno() and next_deadline().
 
-    python examples/embed.py
+    python examples/embed.py [--slow]
 
 Prints:
     asyncio's client got b'HELLO'
@@ -8,10 +8,8 @@ Prints:
 """
 
 import asyncio
-import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from slow import soon  # finds tcpops.py, too
 import tcpops
 
 ops = tcpops.TcpOps()  # its clock is asyncio's clock: time.monotonic
@@ -38,6 +36,7 @@ async def main():
     loop.add_reader(ops.fileno(), turn)  # readable whenever there is work
     port = ops.connection(ops.listen("127.0.0.1", 0)).Rp
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    soon("asyncio's client speaks; the answer sets a lifetime")
     writer.write(b"hello")
     print("asyncio's client got", await reader.read(100))
     print(f"conid 2 ended: {(await ended).detail}")

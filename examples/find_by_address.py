@@ -1,6 +1,6 @@
 """From a peer's address to the conid, and how forward() uses that.
 
-    python examples/find_by_address.py
+    python examples/find_by_address.py [--slow]
 
 Prints:
     by host:port: 2
@@ -14,10 +14,8 @@ Prints:
 """
 
 import socket
-import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from slow import soon  # finds tcpops.py, too
 import tcpops
 
 ops = tcpops.TcpOps()
@@ -26,6 +24,7 @@ phone = socket.create_connection((listener.Ri, listener.Rp))
 ops.step(timeout=1)
 address = "127.0.0.1:%d" % phone.getsockname()[1]
 
+soon(f"we look for the phone at {address}")
 print("by host:port:", ops.tcp_get_conid(address))
 print("by a SIP URI:",
       ops.tcp_get_conid(f"sip:alice@{address};transport=tcp"))
@@ -33,6 +32,7 @@ print("by a name:",
       ops.tcp_get_conid(address.replace("127.0.0.1", "localhost")))
 print("of a stranger:", ops.tcp_get_conid("127.0.0.1:9"))
 print("alive:", ops.tcp_con_alive(address))
+soon("we forward to that address")
 result = ops.forward(address, b"over the connection that is there")
 print(f"forwarded: {result}, and the peer got {phone.recv(100)}")
 print(f"that made {len(ops.connections())} connection, no second one")

@@ -1,6 +1,6 @@
 """The specification's examples: Kamailio's line, and ours with its result.
 
-    python examples/from_kamailio.py
+    python examples/from_kamailio.py [--slow]
 
 Prints:
     1.1 Set closed_event parameter
@@ -46,10 +46,8 @@ Prints:
 """
 
 import socket
-import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from slow import soon  # finds tcpops.py, too
 import tcpops
 
 ops = tcpops.TcpOps()
@@ -107,6 +105,7 @@ def closed(event):
 def title(number, what):
     global example
     example = number
+    soon(f"the specification's example {number}")
     print(number, what)
 
 

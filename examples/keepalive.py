@@ -1,6 +1,6 @@
 """Keepalive by conid: set, read back from the kernel, refused, turned off.
 
-    python examples/keepalive.py
+    python examples/keepalive.py [--slow]
 
 Prints:
     before: None
@@ -15,10 +15,8 @@ Prints:
 
 import logging
 import socket
-import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from slow import soon  # finds tcpops.py, too
 import tcpops
 
 logging.disable()  # the log would say why the impossible is refused
@@ -33,11 +31,14 @@ def kernel():
 
 
 print("before:", kernel())
+soon("we turn keepalive on")
 print("enable 60, 5, 5:", ops.tcp_keepalive_enable(conid, 60, 5, 5))
 print("the kernel has:", kernel())
 print(f"a peer silent for {kernel().limit} s has vanished")
+soon("we ask for more than the kernel can do")
 print("enable 60, 999, 5:", ops.tcp_keepalive_enable(conid, 60, 999, 5))
 print("the kernel still has:", kernel())
+soon("we turn it off")
 print("disable:", ops.tcp_keepalive_disable(conid))
 print("after:", kernel())
 ops.close()

@@ -1,6 +1,6 @@
 """A short default lifetime, one connection raised, one lowered.
 
-    python examples/lifetime.py
+    python examples/lifetime.py [--slow]
 
 Prints:
     conid 4 ended: idle for 0.1 s
@@ -10,13 +10,11 @@ Prints:
 """
 
 import socket
-import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from slow import pace, soon  # finds tcpops.py, too
 import tcpops
 
-ops = tcpops.TcpOps(connection_lifetime=0.3)  # seconds of idleness
+ops = tcpops.TcpOps(connection_lifetime=0.3 * pace)  # seconds idle
 
 
 @ops.request_route
@@ -29,6 +27,7 @@ def request(msg):
 def timeout(event):
     print(f"conid {event.conid} ended: {event.detail}")
     if event.conid == 4:
+        soon("the peer of conid 3 speaks")
         clients[1].sendall(b"I am still here")  # conid 3
 
 
@@ -37,8 +36,9 @@ clients = []
 for _ in range(3):
     clients.append(socket.create_connection((listener.Ri, listener.Rp)))
     ops.step(timeout=1)
-ops.tcp_set_connection_lifetime(3, 0.6)
-ops.tcp_set_connection_lifetime(4, 0.1)
+soon("conid 3 gets twice the lifetime, conid 4 a third")
+ops.tcp_set_connection_lifetime(3, 0.6 * pace)
+ops.tcp_set_connection_lifetime(4, 0.1 * pace)
 while ops.connections():
     ops.step(timeout=1)
 ops.close()

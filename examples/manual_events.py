@@ -2,7 +2,7 @@
 
 The specification's example 1.7: a phone that registers gets its end told.
 
-    python examples/manual_events.py
+    python examples/manual_events.py [--slow]
 
 Prints:
     conid 2 registers: 1
@@ -11,10 +11,8 @@ Prints:
 """
 
 import socket
-import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from slow import soon  # finds tcpops.py, too
 import tcpops
 
 ops = tcpops.TcpOps()
@@ -38,6 +36,7 @@ def closed(event):
 listener = ops.connection(ops.listen("127.0.0.1", 0))
 for text in (b"REGISTER me", b"hello"):
     client = socket.create_connection((listener.Ri, listener.Rp))
+    soon(f"a peer sends {text}, and closes")
     client.sendall(text)
     client.close()
     ended = sum(ops.stats()["ended"].values())

@@ -1,6 +1,6 @@
 """A SIP server: answers, registers, relays calls and watches their two legs.
 
-    python examples/sip_server.py
+    python examples/sip_server.py [--slow]
     python examples/sip_server.py --listen 127.0.0.1:5060
         stays up; then try, each in a terminal of its own:
         sipp -sn uas -t t1 -i 127.0.0.1 -p 5070 -m 100
@@ -19,21 +19,15 @@ Prints:
     BYE: 200, keepalive of 3 and 2 is None and None
 """
 
-import argparse
 import contextlib
 import ipaddress
 import re
 import socket
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from slow import options, soon  # finds tcpops.py, too
 import tcpops
 
-parser = argparse.ArgumentParser(description="A small SIP server.")
-parser.add_argument("--listen", metavar="HOST:PORT",
-                    type=tcpops.parse_address, help="stay up, and serve there")
-options = parser.parse_args()
 # Example 1.6 of the specification: 10 s as the default lifetime.
 ops = tcpops.TcpOps(connection_lifetime=10)
 users = {}  # user: the conid of its connection
@@ -202,12 +196,15 @@ def settings(conid):
 
 
 bob = socket.create_connection((listener.Ri, listener.Rp))
+soon("bob asks for OPTIONS")
 print("OPTIONS:", talk(bob, request("OPTIONS", ""), bob)[8:11].decode())
 alice = socket.create_connection((listener.Ri, listener.Rp))
+soon("alice registers")
 status = talk(alice, request("REGISTER", "alice"), alice)[8:11].decode()
 print(f"REGISTER: {status}, lifetime of conid 3 now"
       f" {ops.connection(3).lifetime} s")
 for method in ("INVITE", "BYE"):
+    soon(f"bob sends {method}, and alice answers")
     relayed = talk(bob, request(method, "alice"), alice)
     headers = relayed.partition(b"\r\n")[2]
     status = talk(alice, b"SIP/2.0 200 OK\r\n" + headers, bob)[8:11].decode()

@@ -1,6 +1,6 @@
 """One connection walked through its states: 3, 1, -2, -1.
 
-    python examples/states.py
+    python examples/states.py [--slow]
 
 Prints:
     while connecting: 3 CONNECT, alive: 1
@@ -12,10 +12,8 @@ Prints:
 """
 
 import socket
-import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from slow import soon  # finds tcpops.py, too
 import tcpops
 
 ops = tcpops.TcpOps()
@@ -32,13 +30,17 @@ def closed(event):
 
 
 server = socket.create_server(("127.0.0.1", 0))
+soon("we connect")
 conid = ops.connect(*server.getsockname())
 show("while connecting", conid)
+soon("the loop turns, and learns the outcome")
 ops.step(timeout=1)
 show("connected", conid)
 peer, _ = server.accept()
+soon("the peer closes")
 peer.close()
 show("the peer has sent FIN", conid)  # the loop has not read it yet
+soon("the loop turns, and reports the end")
 ops.step(timeout=1)
 show("afterwards", conid)
 show("the listener, by comparison", ops.listen("127.0.0.1", 0))

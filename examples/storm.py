@@ -37,8 +37,9 @@ import traceback
 import types
 from pathlib import Path
 
-from storm_model import (INVARIANTS, SEEN, Kernel, Seen, descriptors, each_end,
-                         judge, objects)
+from kernel import Kernel
+from storm_model import (INVARIANTS, SEEN, Seen, descriptors, each_end, judge,
+                         objects)
 from storm_peers import (JUMPS, VERSIONS, Makers, attach_filter, barrier, env,
                          tick)
 

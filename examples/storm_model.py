@@ -9,7 +9,6 @@ import logging
 import os
 import random
 import re
-import subprocess
 import sys
 import time
 import traceback
@@ -522,47 +521,6 @@ def nothing_waits_for_the_collector(world):
 
 
 # -- the witness -------------------------------------------------------------
-
-
-class Kernel:
-    """A private instance of the kernel's trace points."""
-
-    ROOT = "/sys/kernel/tracing"
-    POINTS = ("sock/inet_sock_set_state", "tcp/tcp_receive_reset",
-              "sock/inet_sk_error_report")
-
-    def __init__(self):
-        if not os.path.isdir(f"{self.ROOT}/events"):
-            subprocess.run(["mount", "-t", "tracefs", "none", self.ROOT],
-                           stderr=subprocess.DEVNULL)
-        self.path = f"{self.ROOT}/instances/storm{os.getpid()}"
-        os.mkdir(self.path)
-        self.put("trace_clock", "mono")
-        self.put("buffer_size_kb", "8192")
-        for point in self.POINTS:
-            self.put(f"events/{point}/enable", "1")
-
-    def put(self, name, text):
-        with open(f"{self.path}/{name}", "w") as file:
-            file.write(text)
-
-    def take(self):
-        """Return {(our port, the peer's): [(time, what), ...]}, and forget."""
-        facts = collections.defaultdict(list)
-        with open(f"{self.path}/trace") as file:
-            text = file.read()
-        self.put("trace", "")
-        for when, point, rest in re.findall(r"(\d+\.\d+): (\w+): (.*)", text):
-            ports = re.search(r"sport=(\d+) dport=(\d+)", rest)
-            what = re.search(r"newstate=TCP_(\w+)|error=(\d+)", rest)
-            if ports:
-                facts[int(ports[1]), int(ports[2])].append((
-                    float(when), "RST" if point == "tcp_receive_reset" else
-                    what and (what[1] or f"error {what[2]}")))
-        return facts
-
-    def close(self):
-        os.rmdir(self.path)
 
 
 OURS = {"closed", "shutdown", "lifetime", "protocol", "message", "connect",

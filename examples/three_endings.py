@@ -1,6 +1,6 @@
 """Three connections, three ways to end, and the handler that runs for each.
 
-    python examples/three_endings.py
+    python examples/three_endings.py [--slow]
 
 Prints:
     conid 2: tcp:closed, eof (FIN from the peer)
@@ -10,10 +10,8 @@ Prints:
 
 import socket
 import struct
-import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from slow import soon  # finds tcpops.py, too
 import tcpops
 
 ops = tcpops.TcpOps()
@@ -34,15 +32,18 @@ for _ in range(3):
     ops.step(timeout=1)
 one_closes, one_resets, one_idles = clients
 
+soon("the peer of conid 2 closes")
 one_closes.close()
 ops.step(timeout=1)
 
+soon("the peer of conid 3 resets")
 # SO_LINGER with a time of 0 makes close() send RST instead of FIN.
 one_resets.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
                       struct.pack("ii", 1, 0))
 one_resets.close()
 ops.step(timeout=1)
 
+soon("we set the lifetime of conid 4, which is idle")
 ops.tcp_set_connection_lifetime(4, 0.2)
 ops.step(timeout=1)
 ops.close()

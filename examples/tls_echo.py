@@ -1,6 +1,6 @@
 """Echo over TLS: ends that must not be taken for each other.
 
-    python examples/tls_echo.py
+    python examples/tls_echo.py [--slow]
     python examples/tls_echo.py --listen 127.0.0.1:5061
         stays up; then try, in another terminal:
         openssl s_client -quiet -CAfile examples/localhost.pem \
@@ -14,7 +14,6 @@ Prints:
 (plain text on a TLS port?))
 """
 
-import argparse
 import contextlib
 import socket
 import ssl
@@ -22,13 +21,9 @@ import sys
 import threading
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from slow import options, soon  # finds tcpops.py, too
 import tcpops
 
-parser = argparse.ArgumentParser(description="Echo over TLS.")
-parser.add_argument("--listen", metavar="HOST:PORT",
-                    type=tcpops.parse_address, help="stay up, and serve there")
-options = parser.parse_args()
 
 certificate = str(Path(__file__).with_name("localhost.pem"))  # only for here
 server_side = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
@@ -73,6 +68,7 @@ if options.listen:
     ops.drain(1)
     sys.exit()
 for number, how in enumerate(("close_notify", "only a FIN", "plain text")):
+    soon(f"a client comes: {how}")
     thread = threading.Thread(target=client, args=(how,))
     thread.start()
     while sum(ops.stats()["ended"].values()) <= number:

@@ -111,6 +111,16 @@ def where():
         return words
 
 
+def go_there():
+    """Start this program anew where peers can vanish, unless that is here.
+
+    OSError says why there is no such place.
+    """
+    words = where()
+    if words:
+        os.execvp(words[0], [*words, sys.executable, *sys.argv])
+
+
 def enter():
     """Make a new network usable: loopback, and a /run for ip netns."""
     import fcntl  # Windows has none

@@ -1,0 +1,35 @@
+"""What small examples share: where tcpops.py is, and their command line.
+
+    python examples/states.py --slow
+
+announces each step and waits for a second: time to think what will come, or to
+look at the connection from outside, say with "ss -tno".
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import tcpops
+
+parser = argparse.ArgumentParser(
+    description=sys.modules["__main__"].__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--slow", action="store_true",
+                    help="announce each step, and wait a second before it")
+if "--listen" in (parser.description or ""):
+    parser.add_argument(
+        "--listen", metavar="HOST:PORT", type=tcpops.parse_address,
+        help="stay up, and serve there")
+parser.error = lambda text: parser.exit(2, f"{parser.prog}: {text}\n")
+options = parser.parse_args()
+pace = 10 if options.slow else 1  #: times as long: what would be over too soon
+
+
+def soon(step):
+    """With --slow: announce a step, and wait for a second."""
+    if options.slow:
+        print(f"  next: {step}", flush=True)
+        time.sleep(1)

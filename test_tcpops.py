@@ -17462,8 +17462,8 @@ class TestExamples:
     @pytest.mark.parametrize("name", marked(*sorted(
         {path.stem for path in (HERE / "examples").glob("*.py")}
         - {"bench", "conformance", "cut", "deaths", "facts", "hostile",
-           "kernel", "serve", "slow", "storm", "storm_model", "storm_peers",
-           "twins", "vanish"})))
+           "kernel", "lanes", "lanes_peer", "serve", "slow", "storm",
+           "storm_model", "storm_peers", "twins", "vanish"})))
     def test_an_example_prints_what_it_says(self, name, tmp_path):
         if name == "vanished_peer":
             needs_vanishing_peers()
@@ -18527,3 +18527,727 @@ class TestHostile:
              "--connections", "1"], capture_output=True, text=True,
             timeout=30)
         assert done.stderr == "" and done.stdout.count("\n") == 1
+
+
+# -- examples/lanes.py, the page on which one breaks connections --------------
+
+
+LANES = str(HERE / "examples" / "lanes.py")
+
+
+@contextlib.contextmanager
+def lanes_command(**how):
+    """Run lanes.py as a command; yield the process and its address."""
+    with subprocess.Popen([sys.executable, "-W", "error", LANES], text=True,
+                          stdout=subprocess.PIPE, **how) as process:
+        try:
+            yield process, re.search(r"http\S+", process.stdout.readline())[0]
+        finally:
+            process.kill()  # unless it has ended
+
+
+@pytest.fixture
+def lanes():
+    """The program in this process; meanwhile() moves it."""
+    made = importlib.import_module("lanes").Lanes()
+    yield made
+    made.close()
+
+
+def meanwhile(lanes, condition, *others):
+    """Run lanes, and what else has a step(), until the condition holds."""
+    end = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < end, "it did not come about"
+        lanes.ops.step(0.01)
+        lanes.tick()
+        for other in others:
+            other.step(0)
+
+
+def ask(lanes, port, request):
+    """Send bytes to a port of lanes; return all that it answers."""
+    answer = bytearray()
+    with socket.create_connection(("127.0.0.1", port), 5) as sock:
+        sock.sendall(request)
+
+        def ended():
+            if select.select([sock], [], [], 0)[0]:
+                try:
+                    data = sock.recv(65536)
+                except ConnectionResetError:  # it would not read it all
+                    return True
+                answer.extend(data)
+                return not data or b"\r\n\r\n" in answer and (
+                    b" 101 " in answer)
+            return False
+        meanwhile(lanes, ended)
+    return bytes(answer)
+
+
+class Viewer:
+    """A browser's WebSocket to lanes, without the browser."""
+
+    def __init__(self, lanes):
+        self.ops, self.news, self.closed = tcpops.TcpOps(), [], None
+        self.ops.request_route(lambda msg: self.news.append(
+            json.loads(msg.data)))
+        self.ops.event_route("tcp:closed")(self._closed)
+        self.step = self.ops.step
+        self.conid = self.ops.connect(
+            "127.0.0.1", lanes.feed, framing=type(
+                "Page", (tcpops.WebSocketFraming,), {
+                    "headers": [("Origin", f"http://localhost:{lanes.port}")]
+                }))
+
+    def _closed(self, event):
+        self.closed = event
+
+    def lanes(self):
+        """Return the lanes as it was told last."""
+        return self.news[-1].get("lanes", ()) if self.news else ()
+
+    def press(self, action, lane=None):
+        self.ops.send(self.conid, json.dumps({"do": action, "lane": lane}))
+
+
+@pytest.fixture
+def viewer(lanes):
+    """A Viewer that sees the first lane."""
+    made = Viewer(lanes)
+    meanwhile(lanes, made.lanes, made)
+    yield made
+    made.ops.close()
+
+
+@needs_ws
+class TestLanesAsText:
+    """The table of buttons, the sentences, the shape of the files."""
+
+    def test_every_reason_has_its_sentence(self):
+        lanes = importlib.import_module("lanes")
+        assert set(tcpops.REASONS) <= set(lanes.LESSONS)
+        for text in lanes.LESSONS.values():
+            assert len(text) < 180 and text.endswith(".")
+
+    def test_the_buttons(self):
+        """Each has a key of its own, and promises a reason that there is."""
+        actions = importlib.import_module("lanes").ACTIONS
+        keys = [row.key for row in actions.values()]
+        assert len({*keys, "x"}) == len(keys) + 1  # x is the page's own
+        others = {"open", "one message", "the queue moves", "a queue"}
+        for row in actions.values():
+            assert row.promise.partition(",")[0] in {
+                *tcpops.REASONS, *others}
+
+    @pytest.mark.parametrize("name", ["lanes", "lanes_peer"])
+    def test_their_shape(self, name):
+        """On public names only, and short enough to be read."""
+        text = (HERE / "examples" / f"{name}.py").read_text(encoding="utf-8")
+        assert max(map(len, text.split("\n"))) <= 79
+        assert text.count("\n") < 500
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 50, node.name
+            if isinstance(node, ast.Attribute) and re.match(
+                    "_(?!asdict|replace)[a-z]", node.attr):
+                assert isinstance(node.value, ast.Name) and (
+                    node.value.id == "self"), ast.unparse(node)
+
+    def test_the_page_names_nothing_that_could_drift(self):
+        """No phase, reason or button, but by what lanes.py tells it; nothing
+        that is loaded from elsewhere.
+        """
+        page = (HERE / "examples" / "lanes.html").read_text(encoding="utf-8")
+        assert page.count("\n") < 500
+        script = page.partition("<script>")[2]
+        lanes = importlib.import_module("lanes")
+        for name in {*tcpops.LIFE, *tcpops.REASONS, *lanes.ACTIONS,
+                     *tcpops.DEADLINES} - {"new", "open"}:  # a class, too
+            assert not re.search(rf"[\"'`]{name}[\"'`]", script), name
+        assert re.findall(r"\b\w+:/+", page) == ["ws://"]
+        assert not re.search(r"\bsrc=|@import|url\(|fetch\(", page)
+
+
+@needs_ws
+class TestLanesServes:
+    """HTTP: one page, to those who ask this machine by its own name."""
+
+    GET = "GET / HTTP/1.1\r\nHost: 127.0.0.1:{0}\r\n\r\n"
+
+    @pytest.mark.parametrize("name", ["127.0.0.1", "localhost"])
+    def test_the_page(self, lanes, name):
+        head, _, body = ask(lanes, lanes.port, (
+            f"GET / HTTP/1.1\r\nhost:{name}:{lanes.port}\r\n\r\n"
+        ).encode()).partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 200 OK\r\n")
+        assert b"Content-Length: %d\r\n" % len(body) in head
+        assert b":%d/`" % lanes.feed in body and b"FEED/" not in body
+        policy = re.search(rb"Content-Security-Policy: (.*)\r", head)[1]
+        assert policy.startswith(b"default-src 'none';")
+        assert b" connect-src ws://127.0.0.1:%d " % lanes.feed in policy
+
+    def test_head(self, lanes):
+        """The same, without the page."""
+        got = ask(lanes, lanes.port, self.GET.format(lanes.port).encode())
+        bare = ask(lanes, lanes.port, self.GET.replace("GET", "HEAD").format(
+            lanes.port).encode())
+        assert bare == got.partition(b"\r\n\r\n")[0] + b"\r\n\r\n"
+
+    @pytest.mark.parametrize("request_, status", [
+        (GET.replace("127.0.0.1:{0}", "evil.example:{0}"), 403),
+        (GET.replace("127.0.0.1:{0}", "127.0.0.1.evil.example:{0}"), 403),
+        (GET.replace(":{0}", ""), 403), (GET.replace("{0}", "1"), 403),
+        ("GET / HTTP/1.0\r\n\r\n", 403),
+        (GET.replace("\r\n\r\n", "\r\nHost: evil.example\r\n\r\n"), 403),
+        (GET.replace(" / ", " /favicon.ico "), 404),
+        (GET.replace(" / ", " /../lanes.py "), 404),
+        (GET.replace(" / ", " http://127.0.0.1/ "), 404),
+        (GET.replace("GET", "POST") + "do=fin", 405),
+        (GET.replace("GET", "OPTIONS"), 405),
+        ("junk\r\n\r\n", 400), ("\r\n\r\n", 400),
+        (GET.replace("HTTP/1.1", "HTTP/2"), 400),
+        ("\x16\x03\x01\xff\r\n\r\n", 400), ("GET / " + "x" * 9000, None)])
+    def test_any_other_request(self, lanes, request_, status):
+        """It is refused, and the next one is served."""
+        got = ask(lanes, lanes.port, request_.format(lanes.port).encode(
+            "latin-1"))
+        if status is None:
+            assert got == b""
+        else:
+            assert got.startswith(b"HTTP/1.1 %d " % status)
+            assert b"<html" not in got
+        assert b" 200 OK" in ask(lanes, lanes.port, self.GET.format(
+            lanes.port).encode())
+
+    @pytest.mark.parametrize("host, origin, path, status", [
+        ("127.0.0.1:{1}", "http://127.0.0.1:{0}", "/", 101),
+        ("localhost:{1}", "http://localhost:{0}", "/", 101),
+        ("evil.example:{1}", "http://127.0.0.1:{0}", "/", 403),
+        ("127.0.0.1:{0}", "http://127.0.0.1:{0}", "/", 403),
+        ("127.0.0.1:{1}", "http://evil.example", "/", 403),
+        ("127.0.0.1:{1}", "http://evil.example:{0}", "/", 403),
+        ("127.0.0.1:{1}", "https://127.0.0.1:{0}", "/", 403),
+        ("127.0.0.1:{1}", "http://127.0.0.1:{1}", "/", 403),
+        ("127.0.0.1:{1}", "null", "/", 403), ("127.0.0.1:{1}", "", "/", 403),
+        ("127.0.0.1:{1}", None, "/", 403),
+        ("127.0.0.1:{1}", "http://127.0.0.1:{0}\r\nOrigin: http://x", "/",
+         403),
+        ("127.0.0.1:{1}", "http://127.0.0.1:{0}", "/other", 403)])
+    def test_whose_web_socket_is_taken(self, lanes, host, origin, path,
+                                       status):
+        """Any page in any browser here may try."""
+        text = HELLO.decode().replace("GET /chat ", f"GET {path} ")
+        text = re.sub("Host: .*\r\n", f"Host: {host}\r\n" + (
+            "" if origin is None else f"Origin: {origin}\r\n"), text)
+        text = re.sub("(GET) \\S+", rf"\1 {path}", text).format(
+            lanes.port, lanes.feed)
+        got = ask(lanes, lanes.feed, text.encode())
+        assert got.startswith(b"HTTP/1.1 %d " % status)
+
+
+@needs_ws
+class TestLanesTalks:
+    """The WebSocket, without a browser."""
+
+    def test_two_browsers_see_the_same(self, lanes, viewer):
+        other = Viewer(lanes)
+        meanwhile(lanes, other.lanes, other, viewer)
+        assert list(other.news[0]["life"]) == list(tcpops.LIFE)
+        assert [lane["id"] for lane in other.lanes()] == [1]  # not another
+        other.press("connect")
+        meanwhile(lanes, lambda: len(viewer.lanes()) == len(
+            other.lanes()) == 2, other, viewer)
+        viewer.press("rst", 2)
+        meanwhile(lanes, lambda: other.lanes()[1]["end"], other, viewer)
+        assert other.lanes()[1]["end"]["reason"] == "reset"
+        assert other.lanes()[0]["end"] is None
+        other.ops.close()
+
+    def test_a_browser_that_goes_away(self, lanes, viewer):
+        """In mid-stream, without a word: the other one does not notice."""
+        other = Viewer(lanes)
+        meanwhile(lanes, other.lanes, other, viewer)
+        sock = socket.create_connection(("127.0.0.1", lanes.feed), 5)
+        ended = lanes.ops.stats()["ended"].get("reset", 0)
+        sock.sendall(re.sub(
+            "Host: .*\r\n", f"Host: localhost:{lanes.feed}\r\n"
+            f"Origin: http://localhost:{lanes.port}\r\n",
+            HELLO.decode()).replace("/chat", "/").encode())
+        meanwhile(lanes, lambda: select.select([sock], [], [], 0)[0],
+                  other, viewer)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
+                        struct.pack("ii", 1, 0))
+        sock.close()
+        count = len(viewer.news)
+        meanwhile(lanes, lambda: len(viewer.news) > count + 5, other, viewer)
+        assert lanes.ops.stats()["ended"]["reset"] == ended + 1
+        other.ops.close()
+
+    @pytest.mark.parametrize("text", [
+        "junk", "", "[]", "{}", "5", "null", '"do"', '{"do": []}',
+        '{"do": "fin", "lane": []}', '{"do": "fin", "lane": {}}', "[" * 4000,
+        b"\xff", "1" * 4000], ids=lambda text: repr(text[:12]))
+    def test_junk_ends_only_who_sends_it(self, lanes, viewer, text, logged):
+        bad = Viewer(lanes)
+        meanwhile(lanes, bad.lanes, bad, viewer)
+        bad.ops.send(bad.conid, text)
+        meanwhile(lanes, lambda: bad.closed, bad, viewer)
+        assert bad.closed.detail == "close frame 1000"
+        viewer.press("send", 1)
+        meanwhile(lanes, lambda: viewer.lanes()[0]["messages"] == 1, viewer)
+        assert logged == []
+        bad.ops.close()
+
+    @pytest.mark.parametrize("action, lane", [
+        ("nonsense", 1), ("fin", 99), ("fin", None), ("run", 1),
+        ("resume", 1), ("fin", "1"), (None, 1)])
+    def test_what_makes_no_sense_does_nothing(self, lanes, viewer, action,
+                                              lane):
+        viewer.press(action, lane)
+        viewer.press("send", 1)
+        meanwhile(lanes, lambda: viewer.lanes()[0]["messages"] == 1, viewer)
+        assert viewer.lanes()[0]["end"] is None and viewer.closed is None
+
+    def test_lanes_are_bounded(self, lanes, viewer):
+        """Those that have ended make room, and no other does."""
+        most = importlib.import_module("lanes").MOST
+        for count in range(2, most + 1):
+            viewer.press("accept")
+            meanwhile(lanes, lambda: len(viewer.lanes()) == count, viewer)
+        viewer.press("accept")
+        meanwhile(lanes, lambda: viewer.news[-1]["notice"], viewer)
+        assert len(viewer.lanes()) == most
+        viewer.press("rst", 3)
+        meanwhile(lanes, lambda: viewer.lanes()[2]["end"], viewer)
+        viewer.press("connect")
+        meanwhile(lanes, lambda: viewer.lanes()[-1]["id"] > most, viewer)
+        assert 3 not in [lane["id"] for lane in viewer.lanes()]
+        assert len(viewer.lanes()) == most
+        for lane in viewer.lanes()[1:]:
+            viewer.press("rst", lane["id"])
+        meanwhile(lanes, lambda: all(lane["end"] for lane
+                                     in viewer.lanes()[1:]), viewer)
+        viewer.press("clear")
+        meanwhile(lanes, lambda: len(viewer.lanes()) == 1, viewer)
+        assert viewer.lanes()[0]["id"] == 1
+
+    def test_a_peer_of_ones_own(self, lanes, viewer):
+        """nc, for example: it has no buttons at its end."""
+        with socket.create_connection(("127.0.0.1", lanes.target)) as sock:
+            sock.sendall(b"hello\n")
+            meanwhile(lanes, lambda: len(viewer.lanes()) == 2, viewer)
+            meanwhile(lanes, lambda: viewer.lanes()[1]["messages"], viewer)
+        meanwhile(lanes, lambda: viewer.lanes()[1]["end"], viewer)
+        lane = viewer.lanes()[1]
+        assert lane["peer"] is None and lane["can"] == []
+        assert lane["end"]["reason"] == "eof"
+
+    @pytest.mark.parametrize("first, then", [
+        ("stop", "fin"), ("half", "fin"), ("half", "rst"), ("drip", "half"),
+        ("drip", "drip"), ("write", "close"), ("stop", "close")])
+    def test_two_buttons_at_once(self, lanes, viewer, first, then, logged):
+        """Before the page has been told: the second may come too late."""
+        for action in (first, then, "close"):
+            viewer.press(action, 1)
+        meanwhile(lanes, lambda: viewer.lanes()[0]["end"], viewer)
+        assert viewer.lanes()[0]["end"]["reason"] in (
+            "eof", "closed", "reset")
+        assert all(line.endswith("is ending") for line in logged)
+
+    @pytest.mark.skipif(not LINUX, reason="the network's own is Linux'")
+    def test_without_root_peers_vanish_elsewhere(self, monkeypatch):
+        """In a network of its own; the ends of a connection come from there.
+        """
+        words = ["unshare", "-Urnm", sys.executable,
+                 str(HERE / "examples" / "vanish.py")]
+        done = subprocess.run([*words, "true"], capture_output=True)
+        if done.returncode:
+            pytest.skip(done.stderr.decode())
+        monkeypatch.setattr(importlib.import_module("lanes_peer"), "where",
+                            lambda: words)
+        lanes = importlib.import_module("lanes").Lanes()
+        viewer = Viewer(lanes)
+        meanwhile(lanes, viewer.lanes, viewer)
+        assert "Without root" in viewer.news[0]["note"]
+        viewer.press("write", 1)
+        meanwhile(lanes, lambda: viewer.lanes()[0]["peer"]["received"]
+                  == 200000, viewer)
+        viewer.press("vanish_in_flight", 1)
+        meanwhile(lanes, lambda: viewer.lanes()[0]["bytes_out"] > 200000,
+                  viewer)
+        viewer.press("connect")
+        meanwhile(lanes, lambda: len(viewer.lanes()) == 2, viewer)
+        assert viewer.lanes()[0]["peer"]["received"] == 200000
+        assert "vanish" not in viewer.lanes()[1]["can"]
+        viewer.press("close", 1)
+        meanwhile(lanes, lambda: viewer.lanes()[0]["phases"] == [
+            "sending_rest", "lingering"], viewer)
+        viewer.ops.close()
+        lanes.close()
+
+    @pytest.mark.parametrize("platform, said", [
+        ("linux", "get one"), ("darwin", "it needs Linux")])
+    def test_where_no_peer_can_vanish(self, monkeypatch, platform, said):
+        """The page says so, and why."""
+        module = importlib.import_module("lanes_peer")
+
+        def nowhere():
+            raise PermissionError("you cannot get one")
+        monkeypatch.setattr(module, "where", nowhere)
+        monkeypatch.setattr(module.sys, "platform", platform)
+        elsewhere, function, note = module.vanishing()
+        assert elsewhere is function is None
+        assert note.startswith("No peer can vanish here") and said in note
+
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    def test_ctrl_c(self, number):
+        """The page is told, and the status is 0."""
+        with lanes_command(stderr=subprocess.PIPE) as (process, url):
+            port = int(url.rpartition(":")[2])
+            with contextlib.closing(http.client.HTTPConnection(
+                    "127.0.0.1", port)) as asked:
+                asked.request("GET", "/")
+                page = asked.getresponse().read().decode()
+            viewer = Viewer(types.SimpleNamespace(port=port, feed=int(
+                re.search(r":(\d+)/`", page)[1])))
+            while not viewer.lanes():
+                viewer.step(5)
+            process.send_signal(number)
+            while not viewer.closed:
+                viewer.step(5)
+            assert viewer.closed.detail.startswith("close frame 1001")
+            _, err = process.communicate(timeout=20)
+        viewer.ops.close()
+        assert (err, process.returncode) == ("", 0)
+
+    def test_a_second_signal_leaves_at_once(self, lanes):
+        lanes.stop()
+        lanes.run()
+        with pytest.raises(KeyboardInterrupt):
+            lanes.stop(signal.SIGINT, None)
+
+    def test_a_port_that_cannot_be_had(self):
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+            for word, status, said in (
+                    (port, 1, "Address already in use"), (70000, 2, "65535"),
+                    ("x", 2, "invalid int")):
+                done = subprocess.run(
+                    [sys.executable, LANES, "--port", str(word)],
+                    capture_output=True, text=True, timeout=30)
+                assert (done.returncode, done.stdout) == (status, "")
+                assert said in done.stderr and "Trace" not in done.stderr
+
+
+class Browser:
+    """A Chromium without a window, driven over its debugging WebSocket."""
+
+    def __init__(self, folder):
+        self.ops = tcpops.TcpOps(max_message=1 << 26)
+        self._answers, self._number = {}, 0
+        self.ops.request_route(self._message)
+        self._process = subprocess.Popen(
+            ["chromium", "--headless", "--no-sandbox", "--disable-gpu",
+             "--disable-dev-shm-usage", f"--user-data-dir={folder}",
+             "--remote-debugging-port=0", "about:blank"],
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL, start_new_session=True)
+        told = Path(folder, "DevToolsActivePort")
+        self._until(lambda: told.exists() and "\n" in told.read_text(), told)
+        port = int(told.read_text().split()[0])
+        with contextlib.closing(http.client.HTTPConnection(
+                "127.0.0.1", port)) as asked:
+            asked.request("GET", "/json/list")
+            (page,) = [target for target in json.load(asked.getresponse())
+                       if target["type"] == "page"]
+        path = "/" + page["webSocketDebuggerUrl"].split("/", 3)[3]
+        self._conid = self.ops.connect(
+            "127.0.0.1", port, framing=type(
+                "Debugger", (tcpops.WebSocketFraming,), {"path": path}))
+
+    def _until(self, condition, what, timeout=60):
+        end = time.monotonic() + timeout
+        while not condition():
+            assert time.monotonic() < end, what
+            self.ops.step(0.05)
+
+    def _message(self, msg):
+        answer = json.loads(msg.data)
+        if "id" in answer:
+            self._answers[answer["id"]] = answer
+
+    def call(self, method, **params):
+        """Call a method of the DevTools protocol; return its result."""
+        self._number += 1
+        self.ops.send(self._conid, json.dumps(
+            {"id": self._number, "method": method, "params": params}))
+        self._until(lambda: self._number in self._answers, method)
+        return self._answers.pop(self._number)["result"]
+
+    def run(self, script):
+        """Return the value of an expression in the page."""
+        done = self.call("Runtime.evaluate", expression=script,
+                         returnByValue=True)
+        assert "exceptionDetails" not in done, done
+        return done["result"].get("value")
+
+    def until(self, script, timeout=20):
+        """Wait until an expression is true; the page may still load."""
+        asked = f"(() => {{ try {{ return !!({script}) }} catch {{}} }})()"
+        self._until(lambda: self.run(asked), script, timeout)
+
+    def key(self, key, text=None, code=0):
+        """Press a key, and let it go."""
+        for kind in ("keyDown", "keyUp"):
+            self.call("Input.dispatchKeyEvent", type=kind, key=key,
+                      windowsVirtualKeyCode=code,
+                      **{"text": text or key} if kind == "keyDown" and (
+                          text or len(key) == 1) else {})
+
+    def look(self, width, height, scheme):
+        """Have a window of that size, light or dark."""
+        self.call("Emulation.setDeviceMetricsOverride", width=width,
+                  height=height, deviceScaleFactor=1, mobile=False)
+        self.call("Emulation.setEmulatedMedia", features=[
+            {"name": "prefers-color-scheme", "value": scheme}])
+
+    def close(self):
+        os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        self.ops.close()
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory):
+    if not shutil.which("chromium"):
+        pytest.skip("there is no chromium (apt-get install it)")
+    browser = Browser(tmp_path_factory.mktemp("chromium"))
+    yield browser
+    browser.close()
+
+
+@pytest.fixture
+def page(chromium):
+    """The page of a new lanes.py in Chromium, with its first lane."""
+    with lanes_command() as (_, url):
+        chromium.look(1280, 800, "light")
+        chromium.call("Page.navigate", url=url)
+        chromium.until(f"location.href == '{url}/'"
+                       " && document.querySelector('article')")
+        yield chromium
+
+
+@needs_ws
+class TestLanesInABrowser:
+    """The page itself, in a real one."""
+
+    #: The buttons to press for what a button promises, where others help.
+    BEFORE = {"vanish": ["keepalive"], "vanish_in_flight": ["keepalive"]}
+    AFTER = {"stop": ["write"]}
+
+    def lane(self, page, new="accept"):
+        """Make a lane; return its number."""
+        count = page.run("document.querySelectorAll('article').length")
+        page.run(f"document.querySelector('[data-action={new}]').click()")
+        page.until("document.querySelectorAll('article').length"
+                   f" == {count + 1}")
+        return page.run("document.querySelector('article').dataset.id")
+
+    @staticmethod
+    def within(number, selector):
+        return f"document.querySelector('[data-id=\"{number}\"] {selector}')"
+
+    def press(self, page, number, action):
+        """Press a button when it can be pressed."""
+        button = self.within(number, f"[data-action={action}]")
+        page.until(f"{button}.ariaDisabled == 'false'")
+        page.run(f"{button}.click()")
+
+    def text(self, page, number, selector):
+        return page.run(self.within(number, selector) + ".textContent")
+
+    @real_time
+    def test_each_button_keeps_its_promise(self, page):
+        """All at once, in twelve lanes; the clocks take up to 6 s."""
+        module = importlib.import_module("lanes")
+        cases = {name: row.promise.partition(",")[0]
+                 for name, row in module.ACTIONS.items()
+                 if row.promise.partition(",")[0] in tcpops.REASONS}
+        del cases["keepalive"]  # beside both that vanish
+        assert len(cases) == module.MOST
+        numbers = {}
+        for name in [*list(cases)[2:], *list(cases)[:2]]:
+            new = module.ACTIONS[name].end == "new"
+            numbers[name] = number = (
+                "1" if not numbers else
+                self.lane(page, name if new else "accept"))
+            words = [*self.BEFORE.get(name, ()), name,
+                     *self.AFTER.get(name, ())]
+            for action in [] if new else words:
+                self.press(page, number, action)
+        for name, reason in cases.items():
+            number = numbers[name]
+            page.until(self.within(number, ".reason") + ".textContent")
+            assert self.text(page, number, ".reason") == reason, name
+            assert page.run(
+                f"document.querySelector('[data-action={name}] small')"
+                ".firstChild.textContent") == reason
+            facts = self.text(page, number, ".facts")
+            assert f"event {tcpops.REASONS[reason]} " in facts
+            wanted = {"reset": errno.ECONNRESET,
+                      "keepalive": errno.ETIMEDOUT,
+                      "connect": errno.ETIMEDOUT}.get(reason)
+            if name == "refused":
+                wanted = errno.ECONNREFUSED
+            assert "errno " + (f"{wanted} {errno.errorcode[wanted]}"
+                               if wanted else "none") in facts
+            assert re.search(r"after [0-9]\.[0-9] s", facts)
+            unsent = int(re.search("unsent ([0-9,]+) B", facts)[1].replace(
+                ",", ""))
+            assert (unsent > 0) == (name in ("stop", "vanish_in_flight"))
+            assert self.text(page, number, ".lesson") == module.LESSONS[
+                "refused" if name == "refused" else reason]
+            assert self.text(page, number, ".life li.lit") == "ended"
+        assert "messages: 1 " in self.text(page, numbers["late_rst"], ".said")
+
+    def test_what_ends_nothing(self, page):
+        """The state as probed, a message, a queue, the clocks."""
+        state = self.within(1, ".state") + ".textContent"
+        page.until(f"{state} == '2 ACCEPT'")
+        assert page.run(self.within(1, ".life .lit") + ".dataset.phase") == (
+            "open")
+        self.press(page, 1, "send")
+        page.until(self.within(1, ".said")
+                   + ".textContent.includes('messages: 1 ')")
+        page.until(f"{state} == '1 OK'")
+        flow = self.within(1, ".flow") + ".textContent"
+        self.press(page, 1, "stop")
+        self.press(page, 1, "write")
+        page.until(f"/queue [1-9].*kernels [1-9].* 0 B/.test({flow})")
+        clocks = self.within(1, ".clocks") + ".textContent"
+        page.until(f"/send[0-4]\\.[0-9] s.*keepaliveoff/.test({clocks})")
+        self.press(page, 1, "resume")
+        page.until(f"/queue 0 B.*kernels 0 B.*peer 200,000 B/.test({flow})")
+        page.until(f"!/^send/.test({clocks})")
+        self.press(page, 1, "keepalive")
+        page.until(f"/keepalive[0-4]\\.[0-9] s/.test({clocks})")
+        self.press(page, 1, "lifetime")
+        page.until(f"/lifetime[0-5]\\.[0-9] s/.test({clocks})")
+        page.until(f"{state} == '1 OK'")
+        assert self.text(page, 1, ".said").startswith(
+            "tcp_set_connection_lifetime(")
+
+    def test_life_is_that_of_the_file(self, page):
+        """Its phases, one arrow for each that may follow, none elsewhere."""
+        assert page.run("[...document.querySelectorAll('.life li')].map("
+                        "item => item.textContent)") == list(tcpops.LIFE)
+        arrows = page.run("[...document.querySelectorAll('.life path')].map("
+                          "path => path.dataset.from)")
+        assert sorted(arrows) == sorted(
+            name for name, row in tcpops.LIFE.items() for _ in row.next)
+
+    def test_keyboard(self, page):
+        """A letter acts on the lane that is chosen; a button takes Enter."""
+        page.key("n")
+        page.until("document.querySelectorAll('article').length == 2")
+        chosen = "document.querySelector('.chosen').dataset.id"
+        assert page.run(chosen) == "2"
+        page.key("ArrowDown", code=40)
+        assert page.run(chosen) == "1"
+        page.key("f")
+        page.until(self.within(1, ".reason") + ".textContent == 'eof'")
+        assert page.run("document.activeElement.dataset.id") == "1"
+        page.key("ArrowUp", code=38)
+        page.run(self.within(2, "[data-action=rst]") + ".focus()")
+        page.key("Enter", "\r", 13)
+        page.until(self.within(2, ".reason") + ".textContent == 'reset'")
+        # The button that had the focus is gone; the lane has it.
+        assert page.run("document.activeElement.dataset.id") == "2"
+        page.key("x")
+        page.until("!document.querySelector('article')")
+
+    def test_the_end_of_the_program(self, chromium):
+        """The page says so, and does not go on showing what was."""
+        with lanes_command() as (process, url):
+            chromium.call("Page.navigate", url=url)
+            chromium.until(f"location.href == '{url}/'"
+                           " && document.querySelector('article')")
+            process.terminate()
+            chromium.until("document.querySelector('main').inert &&"
+                           " notice.textContent.includes('no longer')")
+            assert process.wait(timeout=20) == 0
+
+    #: The texts that have too little contrast (WCAG: 4.5) or are too small.
+    ILLEGIBLE = """(() => {
+        const rgb = text => text.match(/[0-9.]+/g).map(Number);
+        const light = text => rgb(text).slice(0, 3).map(value => value / 255)
+            .map(part => part <= .04045 ? part / 12.92
+                 : ((part + .055) / 1.055) ** 2.4)
+            .reduce((sum, part, at) => sum + part * [.2126, .7152, .0722][at],
+                    0);
+        const ground = at => {
+            const {backgroundColor: color} = getComputedStyle(at);
+            return rgb(color)[3] === 0 ? ground(at.parentElement) : color;
+        };
+        const bad = [];
+        for (const at of document.querySelectorAll("body *")) {
+            if (!at.checkVisibility() || at.closest("[aria-disabled=true]")
+                || ![...at.childNodes].some(node => node.nodeType === 3
+                                            && node.data.trim())) continue;
+            const style = getComputedStyle(at), svg = at.tagName === "text";
+            const pair = [svg ? style.fill : style.color,
+                          svg ? getComputedStyle(at.previousSibling).fill
+                          : ground(at)].map(light).sort((a, b) => b - a);
+            const ratio = (pair[0] + .05) / (pair[1] + .05);
+            const size = at.getBoundingClientRect().height;
+            if (ratio < 4.5 || size < SMALLEST)
+                bad.push([at.textContent, ratio, size]);
+        }
+        return bad;
+    })()"""
+
+    @pytest.mark.parametrize("scheme", ["light", "dark"])
+    @pytest.mark.parametrize("width, smallest", [(1280, 18), (400, 14)])
+    def test_it_can_be_read(self, page, width, smallest, scheme):
+        """In any light, at both sizes, with nothing beyond the edge."""
+        for number, action in ((1, "stop"), (1, "write"), (1, "keepalive")):
+            self.press(page, number, action)
+        self.press(page, self.lane(page), "fin")
+        self.lane(page, "hole")
+        page.look(width, 800, scheme)
+        page.until("document.querySelector('.reason').textContent || "
+                   "document.querySelector('.over')")
+        illegible = self.ILLEGIBLE.replace("SMALLEST", str(smallest))
+        assert page.run(illegible) == []
+        assert page.run("document.documentElement.scrollWidth") <= width
+        assert page.run("performance.getEntriesByType('resource').length") == 0
+        # The ground is light in light, dark in dark.
+        ground = page.run("getComputedStyle(document.body).backgroundColor")
+        assert (sum(map(int, re.findall(r"\d+", ground))) > 384) == (
+            scheme == "light")
+
+
+@needs_ws
+class TestLanesChat:
+    """examples/ws_chat.py: its page connects to the host it came from."""
+
+    def test_a_wildcard(self, chromium):
+        port = free_port()
+        with subprocess.Popen(
+                [sys.executable, str(HERE / "examples" / "ws_chat.py"),
+                 "--listen", f"0.0.0.0:{port}"],
+                stdout=subprocess.PIPE, text=True) as process:
+            try:
+                assert process.stdout.readline() == (
+                    f"open http://127.0.0.1:{port} - the chat is on port"
+                    f" {port + 1}\n")
+                for host in ("127.0.0.1", "127.0.0.2"):
+                    chromium.call("Page.navigate",
+                                  url=f"http://{host}:{port}/")
+                    chromium.until(f"location.hostname == '{host}' &&"
+                                   " heard.textContent.includes('you are in')")
+                    assert chromium.run("ws.url") == (
+                        f"ws://{host}:{port + 1}/")
+            finally:
+                process.kill()

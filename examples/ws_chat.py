@@ -3,7 +3,8 @@
     python examples/ws_chat.py
     python examples/ws_chat.py --listen 127.0.0.1:8080
         stays up; open http://127.0.0.1:8080 in two browsers; the chat
-        itself has the port behind that
+        itself has the port behind that.  With 0.0.0.0:8080 it is open to
+        other machines, too: there by an address of this one
 
 Prints:
     the page: HTTP/1.1 200 OK
@@ -32,7 +33,8 @@ PAGE = """<!DOCTYPE html>
 </form>
 <pre id="heard"></pre>
 <script>
-  const ws = new WebSocket("ws://ADDRESS");
+  // The host that this page came from: it may have many names.
+  const ws = new WebSocket("ws://" + location.hostname + ":PORT");
   const show = text => heard.textContent += text + "\\n";
   ws.onopen = () => show("you are in");
   ws.onmessage = event => show(event.data);
@@ -65,7 +67,7 @@ def on_message(msg):
         if msg.text is not None:
             tell_all(f"{msg.conid}: {msg.text}")
     elif msg.data == b"":  # HTTP, line by line: the end of the headers
-        body = PAGE.replace("ADDRESS", chat)
+        body = PAGE.replace("PORT", str(chat.Rp))
         msg.reply("HTTP/1.1 200 OK\r\nContent-Type: text/html; charset=utf-8"
                   f"\r\nContent-Length: {len(body.encode())}\r\n"
                   f"Connection: close\r\n\r\n{body}")
@@ -89,10 +91,11 @@ def left(event):
 host, port = options.listen or ("127.0.0.1", 0)
 page = ops.connection(ops.listen(host, port, framing="line"))
 chat = ops.connection(ops.listen(host, port and port + 1, framing="ws"))
-page_address, chat = (page.Ri, page.Rp), f"{chat.Ri}:{chat.Rp}"
 if options.listen:
-    print("open http://%s:%d" % page_address, "- the chat is on", chat,
-          flush=True)
+    # A wildcard address is none to open.
+    here = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(page.Ri, page.Ri)
+    print(f"open http://{tcpops.format_address(here, page.Rp)} - the chat is"
+          f" on port {chat.Rp}", flush=True)
     with contextlib.suppress(KeyboardInterrupt):
         ops.run()
     ops.drain(1)
@@ -115,13 +118,13 @@ def wait_for(count):
     heard.clear()
 
 
-browser = socket.create_connection(page_address)
+browser = socket.create_connection((page.Ri, page.Rp))
 browser.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
 while ops.stats()["ended"]["closed"] == 0:
     ops.step()
 print("the page:", browser.recv(15).decode())
 for count, name in enumerate(("ann", "bob"), 1):
-    conid = friends.connect(*tcpops.parse_address(chat), framing="ws")
+    conid = friends.connect(chat.Ri, chat.Rp, framing="ws")
     names[conid] = name
     wait_for(count)
 friends.send(conid, "hello")

@@ -178,16 +178,20 @@ _REASONS = {
 #: Why a connection ended, and which event reports it.  README has this table.
 REASONS = {reason: row.event for reason, row in _REASONS.items()}
 
-# ECONNREFUSED on an established connection is a stored ICMP error that the
-# kernel hands out when its own timer gives up: the peer has vanished.
-_UNREACHABLE = (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH,
-                errno.EHOSTDOWN, errno.ENOPROTOOPT)
-_RESET = dict.fromkeys((errno.ECONNRESET, errno.ECONNABORTED), "reset")
-_CONNECTING_REASON = {**_RESET, errno.ECONNREFUSED: "reset",
-                      **dict.fromkeys(_UNREACHABLE, "connect")}
-_CONNECTED_REASON = {**_RESET, errno.ECONNREFUSED: "keepalive",
-                     **dict.fromkeys(_UNREACHABLE, "keepalive"),
-                     errno.EPIPE: "eof"}  # RST after FIN: the FIN decides
+#: errno: its reason while connecting, and once connected; "error" of others.
+#: Connected, a stored ICMP error is handed out when the kernel's timer gives
+#: up.  EACCES: IPv6's "prohibited"; EINVAL: a blackhole; EPERM: our firewall.
+_REASONS_OF_ERRNO = {
+    getattr(errno, prefix + name): reasons for names, *reasons in (
+        ("ECONNRESET ECONNABORTED", "reset", "reset"),
+        ("ECONNREFUSED", "reset", "keepalive"),
+        ("ETIMEDOUT EHOSTDOWN EHOSTUNREACH ENETDOWN ENETRESET ENETUNREACH"
+         " ENONET EACCES EINVAL EADDRNOTAVAIL ENOPROTOOPT EOPNOTSUPP EPROTO",
+         "connect", "keepalive"),
+        ("EPERM", "connect", "error"),
+        ("EPIPE EPROTOTYPE", "error", "eof"))  # RST after FIN: the FIN decides
+    for name in names.split() for prefix in ("", "WSA")  # Windows has both
+    if hasattr(errno, prefix + name)}
 
 
 class Cause(NamedTuple):
@@ -205,15 +209,16 @@ class Cause(NamedTuple):
     @classmethod
     def of_errno(cls, number, connecting=False):
         """Translate the error of a socket."""
-        table = _CONNECTING_REASON if connecting else _CONNECTED_REASON
-        reason = table.get(number, "error")
+        reasons = _REASONS_OF_ERRNO.get(number, ("error", "error"))
+        reason = reasons[0 if connecting else 1]
         # An "eof" looks like that of a FIN which recv() has shown.
         return (cls.of(reason) if reason == "eof"
                 else cls(reason, number, os.strerror(number)))
 
-    state = property(
-        lambda self: _REASONS[self.reason].state,
-        doc="The answer of tcp_conid_state for a connection that it ends.")
+    @property
+    def state(self):
+        """The answer of tcp_conid_state for a connection that it ends."""
+        return _REASONS[self.reason].state
 
 
 class Event(NamedTuple):
@@ -459,6 +464,15 @@ def _system_error(error):
         raise error
     return error
 
+
+def _ask(question, *arguments):
+    """Return the answer of a socket, None if it has none."""
+    try:
+        return question(*arguments)
+    except OSError as error:  # closed by now, reset, or no such option
+        _system_error(error)
+        return None
+
 # ---------------------------------------------------------------------------
 # 4. Deadlines
 # Nearly every deadline is put off before it fires: each message renews a
@@ -556,14 +570,11 @@ def _keepalive_options():
 
 def get_keepalive(sock):
     """Return the Keepalive of a socket, None if it has none."""
-    try:
-        if not sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE):
-            return None
-        return Keepalive(*(sock.getsockopt(socket.IPPROTO_TCP, option)
-                           for _, _, option in _keepalive_options()))
-    except OSError as error:  # closed by now, or no such option
-        _system_error(error)
+    if not _ask(sock.getsockopt, socket.SOL_SOCKET, socket.SO_KEEPALIVE):
         return None
+    return _ask(lambda: Keepalive(*(
+        sock.getsockopt(socket.IPPROTO_TCP, option)
+        for _, _, option in _keepalive_options())))
 
 
 def set_keepalive(sock, keepalive):
@@ -603,10 +614,7 @@ class TcpInfo(NamedTuple):
 # scales, flags), then 32-bit fields; the 12th is tcpi_last_data_recv and the
 # 13th tcpi_last_ack_recv, in milliseconds.
 _TCP_INFO = struct.Struct("=B x B B 4x 44x I I")
-_TCP_SYN_SENT, _TCP_CLOSE = 2, 7
-#: Where an error is final: SYN_SENT (the kernel may try again after an ICMP
-#: error, but connect() has failed), CLOSE, and a state that is not known.
-_TCP_FAILED = (_TCP_SYN_SENT, _TCP_CLOSE, None)
+_TCP_SYN_SENT, _TCP_CLOSE, _TCP_LISTEN = 2, 7, 10
 _TCP_SHUT = (4, 5, 6, 9, 11)  #: our FIN was sent
 #: No byte can follow: TIME_WAIT, CLOSE, CLOSE_WAIT, LAST_ACK, CLOSING.
 _TCP_ENDED = (6, 7, 8, 9, 11)
@@ -615,14 +623,12 @@ _TCP_ENDED = (6, 7, 8, 9, 11)
 def tcp_info(sock):
     """Return the TcpInfo of a socket, None where there is none."""
     if not sys.platform.startswith("linux"):
-        return None  # pragma: no cover (TCP_INFO has other fields on BSDs)
-    try:
-        raw = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO,
-                              _TCP_INFO.size)
-        state, retransmits, probes, data, ack = _TCP_INFO.unpack(raw)
-    except (OSError, struct.error) as error:  # not TCP, or closed by now
-        _system_error(error)
+        return None  # TCP_INFO has other fields on BSDs
+    raw = _ask(sock.getsockopt, socket.IPPROTO_TCP,
+               getattr(socket, "TCP_INFO", -1), _TCP_INFO.size)
+    if raw is None or len(raw) < _TCP_INFO.size:  # not TCP, or a sandbox
         return None
+    state, retransmits, probes, data, ack = _TCP_INFO.unpack(raw)
     return TcpInfo(state, max(retransmits, probes), min(data, ack) / 1000)
 
 
@@ -648,9 +654,10 @@ def is_dead(info, limit, suspected):
 # - An RST that follows a FIN is EPIPE, not ECONNRESET.
 # - SO_ERROR also returns, and clears, an ICMP error (EHOSTUNREACH, say) that
 #   the kernel has only noted while it goes on trying: the connection is alive
-#   unless the error has closed it.
+#   unless the error has closed it.  getpeername() says ENOTCONN then.
 # - A socket that is still connecting looks quiet (EAGAIN), like a good one.
-# - recv() on a listener, and on a socket never connected, says ENOTCONN.
+# - recv() on a listener, and on a socket never connected, says ENOTCONN;
+#   elsewhere also while connecting.
 
 _recv = socket.socket.recv  # an SSLSocket's own refuses flags
 #: The socket, or a duplicate of it, may be a blocking one.  0: there is none.
@@ -658,14 +665,33 @@ _DONTWAIT = getattr(socket, "MSG_DONTWAIT", 0)
 _PEEK = socket.MSG_PEEK | _DONTWAIT
 _SOL_SOCKET, _SO_ERROR = socket.SOL_SOCKET, socket.SO_ERROR
 _NO_SOCKET = (errno.EBADF, errno.ENOTSOCK, errno.ENOTCONN)  # behind a number
+#: recv() and send() errors that say "not now".
+_NOT_NOW = (errno.EAGAIN, errno.EWOULDBLOCK, errno.EINTR, errno.ENOBUFS,
+            errno.ENOMEM)
 _FIONREAD = getattr(termios, "FIONREAD", 0)
 _TIOCOUTQ = getattr(termios, "TIOCOUTQ", 0)
 
 
 def _tcp_state(sock):
     """Return the state that TCP_INFO gives a socket, None if it gives none."""
-    info = tcp_info(sock)
-    return info.state if info else None
+    return getattr(tcp_info(sock), "state", None)
+
+
+def _of_unconnected(sock):
+    """Return the State of a socket of which recv() says ENOTCONN."""
+    tcp, own = _tcp_state(sock), _ask(sock.getsockname)
+    if tcp == _TCP_CLOSE or not own or not own[1]:
+        return State.BAD
+    listens = _ask(sock.getsockopt, socket.SOL_SOCKET,
+                   getattr(socket, "SO_ACCEPTCONN", -1))
+    if listens is None:  # macOS has no such option
+        listens = tcp in (_TCP_LISTEN, None)
+    return State.ACCEPT if listens else State.CONNECT
+
+
+def _goes_on(sock):
+    """Say whether Linux keeps a connection in spite of the error it has."""
+    return sys.platform.startswith("linux") and bool(_ask(sock.getpeername))
 
 
 def _look(sock):
@@ -676,7 +702,7 @@ def _look(sock):
     soft = None
     try:
         number = sock.getsockopt(_SOL_SOCKET, _SO_ERROR)
-        if number and _tcp_state(sock) not in _TCP_FAILED:
+        if number and _goes_on(sock):
             soft, number = number, 0
         if not number:
             if not _recv(sock, 1, _PEEK):
@@ -686,13 +712,10 @@ def _look(sock):
             return _OK, soft, True
     except OSError as error:
         number = _system_error(error).errno
-        if isinstance(error, (BlockingIOError, InterruptedError)):
+        if number in _NOT_NOW:
             return _OK, soft, False
-    if number == errno.EPIPE:
-        return State.EOF, number, False
-    if number in _NO_SOCKET:
-        return State.BAD, number, False
-    return State.ERROR, number, False
+    return (State.EOF if number == errno.EPIPE else State.BAD
+            if number in _NO_SOCKET else State.ERROR), number, False
 
 
 def _in_kernel(sock, request):
@@ -707,21 +730,14 @@ def _in_kernel(sock, request):
         return None
 
 
-def _listens(sock):
-    try:
-        return bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
-    except OSError as error:  # closed behind our back
-        _system_error(error)
-        return False
-
-
 def _reset(sock):
     """Have close() send RST and throw away the bytes that are not sent."""
     sock.setsockopt(_SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    if _tcp_state(sock) not in _TCP_FAILED:  # pragma: no branch (Linux)
+    with contextlib.suppress(ImportError):
         # connect(AF_UNSPEC) sends it though a duplicate is held elsewhere.
-        import ctypes
-        ctypes.CDLL(None).connect(sock.fileno(), bytes(16), 16)
+        if _goes_on(sock):
+            import ctypes
+            ctypes.CDLL(None).connect(sock.fileno(), bytes(16), 16)
 
 
 def probe(sock):
@@ -740,10 +756,10 @@ def probe(sock):
         finally:
             sock.settimeout(timeout)
     state, number, _ = _look(sock)
-    if number == errno.ENOTCONN and _listens(sock):
-        return State.ACCEPT, None
-    if state is State.OK and _tcp_state(sock) == _TCP_SYN_SENT:
+    if state is State.OK and _ask(sock.getpeername) is None:
         return State.CONNECT, None
+    if number == errno.ENOTCONN and _of_unconnected(sock):
+        return _of_unconnected(sock), None
     return state, number
 
 # ---------------------------------------------------------------------------
@@ -2191,6 +2207,9 @@ _READ, _WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 #: it.  PyPy has no name for Linux' flag.
 _SEND_FLAGS = _DONTWAIT | getattr(
     socket, "MSG_NOSIGNAL", 0x4000 if sys.platform.startswith("linux") else 0)
+#: macOS has an option instead, which Python does not name.
+_NO_SIGPIPE = not hasattr(socket, "MSG_NOSIGNAL") and getattr(
+    socket, "SO_NOSIGPIPE", 0x1022 if sys.platform == "darwin" else None)
 _BATCH = 64  #: deadlines that may fire in one turn
 _LONGEST_WAIT = 86400  #: seconds; epoll counts milliseconds in 31 bits
 _SPIN = 100  #: turns in which a descriptor was ready, and nothing came of it
@@ -2203,7 +2222,7 @@ class _Attended:
     """The owner of a socket of the host program's; see Reactor.attend."""
 
     def __init__(self, sock, call):
-        self.sock = sock
+        self.sock, self.events = sock, 0
         self.call = call  # call(mask); None: dismissed
 
     def ready(self, mask):
@@ -2331,7 +2350,6 @@ class Reactor:
         self._outer = None      # see fileno
         self._complain_at = -NEVER
         self._selector = selectors.DefaultSelector()
-        self._select = self._selector.select
         self.waker = Waker(handlers, self.complain)
         self._selector.register(self.waker.sock, _READ, self.waker)
 
@@ -2339,6 +2357,7 @@ class Reactor:
         """Select an owner for these events, 0 for none.
 
         Raises OSError: its descriptor is no more, or there is no room for it.
+        One for which select() has none is suspended.
         """
         if owner in self.suspended:
             events = 0
@@ -2349,21 +2368,30 @@ class Reactor:
             elif before and events != before:
                 self._selector.modify(owner.sock, events, owner)
             elif events and not before:
-                number = owner.sock.fileno()
-                if number in self._selector.get_map():
+                number = (owner.sock if isinstance(owner.sock, int)
+                          else owner.sock.fileno())
+                held = self._selector.get_map().get(number)
+                if held is not None and held.data.sock is not owner.sock:
                     # It was a socket's that was closed behind our back; the
                     # kernel has forgotten that one, the selector has not.
                     self._lose(self._selector.unregister(number).data, number)
                 self._selector.register(owner.sock, events, owner)
+            if events and isinstance(self._selector, selectors.SelectSelector):
+                self._select(0)  # one over its 512 makes it fail for all
         except (KeyError, ValueError, OSError) as error:
             number = getattr(_system_error(error), "errno", errno.EBADF)
             owner.events = 0
+            with contextlib.suppress(KeyError, ValueError):
+                self._selector.unregister(owner.sock)  # it is that one
+                number = errno.EMFILE
+                if hasattr(owner, "conid"):  # else the caller can act on it
+                    return self.suspend(owner, "rests: select() is full")
             raise OSError(number, os.strerror(number)) from None
 
     def _lose(self, owner, number):
         """Let an owner see in work() that its descriptor is no more."""
         self._empty_waits = 1
-        if owner.sock.fileno() == number:
+        if not isinstance(owner.sock, int) and owner.sock.fileno() == number:
             owner.sock.detach()  # the number may be another's by now
         owner.events = 0
         self.later(owner)
@@ -2413,13 +2441,8 @@ class Reactor:
 
         events and mask are those of the selectors module.
         """
-        _function(ready)
-        number = sock if isinstance(sock, int) else sock.fileno()
-        key = self._selector.get_map().get(number)
-        if key is not None and key.data.sock is not sock:  # see watch
-            self._lose(self._selector.unregister(number).data, number)
-        self._selector.register(sock, events, _Attended(
-            sock, lambda mask: self._handlers.call(ready, mask)))
+        self.watch(_Attended(sock, functools.partial(
+            self._handlers.call, _function(ready))), events)
 
     def dismiss(self, sock):
         """Undo attend."""
@@ -2550,7 +2573,6 @@ class Reactor:
     def _turn(self, wait):
         """Wait, then handle all that is due; return how many things."""
         self.waker.count = 0
-        # Selectors round the time up: never early, never spinning.
         ready = self._select(wait)
         # Deadlines that come while handlers run are for the next turn: bytes
         # that peers have sent in the meantime are read before.
@@ -2595,6 +2617,16 @@ class Reactor:
         if self.clock() - self._looked > _BUSY:
             self.excuse()
         return handled - self.waker.count
+
+    def _select(self, wait):
+        """Return the owners that are ready, as the selector does."""
+        try:
+            # Selectors round the time up: never early, never spinning.
+            return self._selector.select(wait)
+        except OSError as error:  # select() fails for all because of one
+            _system_error(error)
+            self._renew_selector()
+            return self._selector.select(0)
 
     def _interrupted(self, error):
         """Leave the turn for an error: of ours, or of a signal handler."""
@@ -2656,15 +2688,20 @@ class Reactor:
                           " row, and nothing came of it")
 
     def _renew_selector(self):
-        """Take a fresh epoll: the old one goes on reporting a descriptor that
-        was closed behind our back, as long as a duplicate of it lives.
+        """Take a fresh selector, without those that were closed behind our
+        back: an epoll goes on reporting them as long as a duplicate lives, and
+        select() fails for all.
         """
         old, self._selector = self._selector, selectors.DefaultSelector()
-        self._select, self._empty_waits = self._selector.select, 0
+        self._empty_waits = 0
         for key in list(old.get_map().values()):
             try:
                 self._selector.register(key.fileobj, key.events, key.data)
+                if isinstance(self._selector, selectors.SelectSelector):
+                    self._selector.select(0)
             except (OSError, ValueError):
+                if key.fd in self._selector.get_map():
+                    self._selector.unregister(key.fd)
                 self._lose(key.data, key.fd)  # it is closed, too
         if self._outer is not None:
             self._outer.unregister(old.fileno())
@@ -2824,11 +2861,8 @@ _EMPTYING = 128  #: recv() calls that empty a socket: Linux holds 6 MB
 _FIRST_LOOK = 0.02  #: seconds until Lingering looks at the kernel's queue
 #: accept() and socket() errors that say "not now": no descriptor is left.
 _FULL = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
-_AGAIN = (BlockingIOError, InterruptedError)
-#: send() errors that say "not now": the bytes are queued.
-_NOT_NOW = (errno.EAGAIN, errno.EWOULDBLOCK, errno.EINTR, errno.ENOBUFS,
-            errno.ENOMEM)
-_UNDER_WAY = (0, errno.EINPROGRESS, errno.EWOULDBLOCK)  #: of connect()
+_UNDER_WAY = (0, errno.EINPROGRESS, errno.EWOULDBLOCK, errno.EALREADY,
+              errno.EINTR)  #: of connect()
 _ENDED_SINCE = (errno.EPIPE, errno.ECONNRESET)  #: connect() had succeeded
 _FAILED = object()  #: the answer of Messages.ask where a framing has raised
 
@@ -2885,6 +2919,10 @@ class Opening:
         conn, reactor = self.conn, self.conn.plan.reactor
         table = conn.plan.table
         while number not in _UNDER_WAY:
+            if self.addresses:
+                with contextlib.suppress(OSError):  # closed behind our back
+                    reactor.watch(conn, 0)
+                reactor.close(conn.sock)  # its descriptor may be the last one
             try:
                 sock, address, self.addresses = _socket_for(
                     self.addresses, table)
@@ -2892,15 +2930,12 @@ class Opening:
                 _system_error(error)
                 conn.fail(Cause.of_errno(number, connecting=True))
                 return
-            with contextlib.suppress(OSError):  # closed behind our back
-                reactor.watch(conn, 0)
-            reactor.close(conn.sock)
             conn.sock = sock
             table.move_peer(conn, _peer_key(address))
             if conn.keepalive is not None:
                 set_keepalive(sock, conn.keepalive)
             number = sock.connect_ex(address)
-        conn.local = _peer_key(conn.sock.getsockname())
+        conn.local = _peer_key(_ask(conn.sock.getsockname) or conn.local)
         conn.watch()
 
     def probe(self):
@@ -2908,7 +2943,10 @@ class Opening:
         conn = self.conn
         if self.errno is None and not conn.failed:
             state, number, _ = _look(conn.sock)
-            if state is _OK or number is None:  # success: the turn sees it
+            if number == errno.ENOTCONN and _of_unconnected(conn.sock):
+                number = None
+            if state is _OK or number in (None, *_UNDER_WAY):
+                # Success, too, is for the turn to see.
                 return _EOF if state is _EOF else State.CONNECT
             self.errno = number
             had_succeeded = number in _ENDED_SINCE
@@ -2922,19 +2960,18 @@ class Opening:
         self.probe()
         sock, number, self.errno = self.conn.sock, self.errno, None
         if number is None:
-            try:
-                peer = sock.getpeername()
-                self.conn.plan.table.move_peer(self.conn, _peer_key(peer))
-                if peer == sock.getsockname():
-                    # Nothing listens, and the kernel took that very port as
-                    # ours: TCP connects a socket with itself (RFC 9293, 3.5).
-                    _reset(sock)
-                    number = errno.ECONNREFUSED
-            except OSError as error:
-                _system_error(error)
+            peer = _ask(sock.getpeername)
+            if peer is None:
                 return False  # not yet: the event was of the address before
+            self.conn.plan.table.move_peer(self.conn, _peer_key(peer))
+            if peer == _ask(sock.getsockname):
+                # Nothing listens, and the kernel took that very port as ours:
+                # TCP connects a socket with itself (RFC 9293, 3.5).
+                _ask(_reset, sock)
+                number = errno.ECONNREFUSED
         if number is None or number in _ENDED_SINCE:
-            self.conn.local = _peer_key(sock.getsockname())
+            self.conn.local = _peer_key(
+                _ask(sock.getsockname) or self.conn.local)
             self.conn.begin()
         else:
             self.proceed(number)
@@ -3111,7 +3148,7 @@ class Lingering:
         try:
             data = conn.sock.recv(_RECV_SIZE, _DONTWAIT)
         except OSError as error:
-            if isinstance(_system_error(error), _AGAIN):
+            if _system_error(error).errno in _NOT_NOW:
                 return False
             conn.fail(Cause.of_errno(error.errno))
             return True
@@ -3200,6 +3237,8 @@ class Connection:
     def begin(self):
         """Once connected: start the framing's handshake, or be open."""
         messages = self.messages
+        if _NO_SIGPIPE:
+            _ask(self.sock.setsockopt, _SOL_SOCKET, _NO_SIGPIPE, 1)
         if messages is None:
             self.open()
         else:
@@ -3256,7 +3295,7 @@ class Connection:
         try:
             data = self.sock.recv(self.plan.recv_size, _DONTWAIT)
         except OSError as error:
-            if isinstance(_system_error(error), _AGAIN):
+            if _system_error(error).errno in _NOT_NOW:
                 return done
             self.fail(Cause.of_errno(error.errno))
             return True
@@ -3471,8 +3510,7 @@ class Connection:
             try:
                 sent = self.sock.send(data, _SEND_FLAGS)
             except OSError as error:
-                if _system_error(error).errno not in _NOT_NOW:
-                    self.fail(Cause.of_errno(error.errno))
+                if self._cannot_send(error):
                     return False
             else:
                 self.bytes_out += sent
@@ -3495,10 +3533,7 @@ class Connection:
         try:
             sent = self.sock.send(self.queue, _SEND_FLAGS)
         except OSError as error:
-            if _system_error(error).errno in _NOT_NOW:
-                return False
-            self.fail(Cause.of_errno(error.errno))
-            return True
+            return self._cannot_send(error)
         del self.queue[:sent]
         self.bytes_out += sent
         self.active = plan.reactor.clock()
@@ -3513,6 +3548,17 @@ class Connection:
             self.messages.postpone()  # the rest that the framing holds first
         self.watch()
         return sent > 0
+
+    def _cannot_send(self, error):
+        """Act on an error of send(); return whether the socket is dead."""
+        number = _system_error(error).errno
+        if number in (errno.EPIPE, errno.EPROTOTYPE, errno.ENOTCONN):
+            # The BSDs and macOS keep the true one, an RST's, in SO_ERROR.
+            number = _ask(self.sock.getsockopt, _SOL_SOCKET,
+                          _SO_ERROR) or number
+        if number not in _NOT_NOW:
+            self.fail(Cause.of_errno(number))
+        return self.failed
 
     def set_keepalive(self, keepalive):
         """Turn keepalive on, or off for None; OSError, and nothing is set."""
@@ -3722,7 +3768,7 @@ class Connection:
 _ACCEPTS = 64  #: accept() calls of one listener in one turn
 
 #: accept() errors of the listener itself; all others are one peer's.
-_BROKEN = (errno.EBADF, errno.ENOTSOCK, errno.EINVAL, errno.EOPNOTSUPP)
+_BROKEN = (errno.EBADF, errno.ENOTSOCK, errno.EINVAL)
 
 
 class Listener:
@@ -3772,7 +3818,7 @@ class Listener:
         elif error.errno in _BROKEN:
             self._give_up(error)
         else:
-            if not isinstance(error, _AGAIN):  # of a peer, which is gone
+            if error.errno not in _NOT_NOW:  # of a peer, which is gone
                 log.debug("accept: %s", error.strerror)
             return False
         return True
@@ -3786,17 +3832,16 @@ class Listener:
             sock.close()
             plan.handlers.raised(error, "the framing", self)
             return
-        if plan.reactor.closing:  # by the framing
-            return sock.close()
+        if plan.reactor.closing or not peer:  # by the framing; macOS: it was
+            return sock.close()               # reset, and has no address
         local = self.local
         try:
-            sock.setblocking(False)
+            _ask(sock.setblocking, False)
             if local[0] in ("0.0.0.0", "::"):  # so each has its own
-                local = _peer_key(sock.getsockname())
-        except BaseException as error:
-            if not isinstance(error, OSError) or _is_signal(error):
-                sock.close()
-                raise  # else it is reset by now; macOS says EINVAL
+                local = _peer_key(_ask(sock.getsockname) or local)
+        except BaseException:  # of a signal handler
+            sock.close()
+            raise
         conn = Connection(plan, framing, sock, _peer_key(peer), local)
         try:
             conn.begin()
@@ -3879,7 +3924,8 @@ def is_gone(conn):
 def state_of(conn):
     """Return the State of a connection or a listener."""
     if isinstance(conn, Listener):
-        return State.ACCEPT if _listens(conn.sock) else State.BAD
+        listens = _of_unconnected(conn.sock) is State.ACCEPT
+        return State.ACCEPT if listens else State.BAD
     return conn.probe()[0] if conn.cause is None else conn.cause.state
 
 
@@ -4117,10 +4163,13 @@ def _room(limit):
     """Return max_connections; None: the process's limit, less some."""
     if limit is not None:
         return _number(limit, "max_connections", 1, sys.maxsize, whole=True)
-    if resource is None:  # pragma: no cover (Windows has no such limit)
-        return NEVER
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return NEVER if soft == resource.RLIM_INFINITY else max(1, soft - _RESERVE)
+    most = NEVER
+    if issubclass(selectors.DefaultSelector, selectors.SelectSelector):
+        most = 512 if sys.platform == "win32" else 1024  # FD_SETSIZE
+    if resource is not None:
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        most = most if soft == resource.RLIM_INFINITY else min(most, soft)
+    return max(1, most - _RESERVE)
 
 
 #: Every TcpOps that lives: see TcpOps._abandon.
@@ -4268,6 +4317,8 @@ class TcpOps(SpecFunctions):
         plan = self._plan("accept", framing, tls)
         trial = plan.build()
         self._check_taking(room=False)
+        if reuse_port and not hasattr(socket, "SO_REUSEPORT"):
+            raise ValueError("this system has no reuse_port")
         (family, address), *others = _resolve(*where, passive=True)
         try:
             sock = socket.create_server(address, family=family,

@@ -10,7 +10,6 @@ loopback, and nothing of it is left when the command has ended.
 """
 
 import atexit
-import ctypes
 import os
 import select
 import socket
@@ -90,6 +89,7 @@ def unreachable(sock):
 
 def vanish(sock):
     """Have the kernel drop whatever comes in for this socket."""
+    import ctypes  # which not every Python has
     drop = ctypes.create_string_buffer(struct.pack("HBBI", 6, 0, 0, 0))
     sock.setsockopt(socket.SOL_SOCKET, 26, struct.pack(  # SO_ATTACH_FILTER
         "HP", 1, ctypes.addressof(drop)))
@@ -123,6 +123,7 @@ def go_there():
 
 def enter():
     """Make a new network usable: loopback, and a /run for ip netns."""
+    import ctypes
     import fcntl  # Windows has none
     with socket.socket() as sock:
         up = struct.pack("16sh22x", b"lo", 1)

@@ -28,7 +28,9 @@ over TCP and over UDP, as follows.  A request is an OPTIONS with headers:
                      Much is asked by its help
       forward        send this request to the address X-1 over TCP, on a
                      connection with it if there is one, and answer 1; with
-                     X-Otcpid on that conid (tcp_set_otcpid and its flag)
+                     X-Otcpid on that conid (tcp_set_otcpid and its flag).
+                     X-Conid names the connection, for a system that does not
+                     take by itself one that its peer has ended
       event          answer what the X-1st call of an event route, counted
                      from 1, was told: the route's name (tcp:closed,
                      tcp:reset, tcp:timeout), $conid $proto $si $sp $Ri $Rp,
@@ -196,6 +198,8 @@ class Subject:
         return getattr(self.ops, name)(*values)
 
     def forward(self, headers, message):
+        if "x-conid" in headers:
+            return self.ops.send(self.number(headers["x-conid"]), message)
         if "x-otcpid" in headers:
             self.ops.tcp_set_otcpid(headers["x-otcpid"])
             self.ops.tcp_set_otcpid_flag(1)
@@ -1449,9 +1453,9 @@ def _(lab):
 def _(lab):
     asker, client = lab.client(), lab.client()
     with lab.system.busy:
-        client.talk()
+        conid = client.ask("conid")
         asker.sock.sendall(asker.request(
-            "forward", "%s:%d" % client.name, delay=300000)[0])
+            "forward", "%s:%d" % client.name, conid=conid, delay=300000)[0])
         time.sleep(0.1)
         reset(client)
         return lab.told(client)
@@ -1462,8 +1466,8 @@ def _(lab):
 def _(lab):
     asker, client = lab.client(), lab.client()
     with lab.system.busy:
-        client.talk()
-        data = asker.request("forward", "%s:%d" % client.name)[0]
+        conid = client.ask("conid")
+        data = asker.request("forward", "%s:%d" % client.name, conid=conid)[0]
         asker.sock.sendall(asker.request("conid", delay=300000)[0] + 2 * data)
         time.sleep(0.1)
         client.sock.close()

@@ -900,6 +900,10 @@ class Framing:
         """Return the bytes that send a text, here as UTF-8."""
         return self.encode(text.encode())
 
+    def refused(self):
+        """Return the end's detail, if the peer has refused the handshake."""
+        return None
+
     def farewell(self, reason):
         """Return the last bytes to send, for one of REASONS; b"" next time."""
         return b""
@@ -941,13 +945,13 @@ class LineFraming(Framing):
 _FOLD = re.compile(rb"\r\n[ \t]+")
 
 
-def _parse_head(head):
+def _parse_head(head, errors="replace"):
     """Return (first line, [(name, value), ...]) of a head, as HTTP has one.
 
     Values are unfolded, names in lower case; a line without colon is left out,
     and a name that is not ASCII (in lower case U+212A would be "k").
     """
-    lines = _FOLD.sub(b" ", head).decode("utf-8", "replace").split("\r\n")
+    lines = _FOLD.sub(b" ", head).decode("utf-8", errors).split("\r\n")
     fields = (line.partition(":") for line in lines[1:])
     return lines[0], [(name.strip(" \t").lower(), value.strip(" \t"))
                       for name, colon, value in fields
@@ -956,7 +960,7 @@ def _parse_head(head):
 
 def _check_printable(buffer, protocol):
     """Raise if no text begins here: the end of a head might never come."""
-    if buffer and not 0x20 < buffer[0] < 0x7F:
+    if buffer and buffer != b"\r" and not 0x20 < buffer[0] < 0x7F:
         hint = " (TLS on a port without it?)" if buffer[0] == 0x16 else ""
         raise ProtocolError(f"this is not {protocol}{hint}")
 
@@ -1100,8 +1104,7 @@ class SipFraming(Framing):
             self._half = min(self._half, self._half % 2)
             del buffer[:2 * crlfs]
             self._searched = 0
-        if buffer != b"\r":
-            _check_printable(buffer, "SIP")
+        _check_printable(buffer, "SIP")
         end = buffer.find(b"\r\n\r\n", self._searched)
         if end >= 0:
             length = _content_length(bytes(buffer[:end]))
@@ -1196,18 +1199,42 @@ __all__ += ["SipMessage", "SipFraming"]
 
 import binascii
 import codecs
+import http
 from collections.abc import Sequence
 
 _CONTINUED, _TEXT, _BINARY = 0x0, 0x1, 0x2
 _CLOSE, _PING, _PONG = 0x8, 0x9, 0xA
 _FINAL = _MASKED = 0x80
-_LONGEST_HEAD = 16384  #: bytes of an HTTP request or answer
+_LONGEST_HEAD = 16384  #: bytes of an HTTP head, or of a refusal's body
 _MOST_FIELDS = 100  #: of a request
 _GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
-#: In a header's value these would end it, or its line (RFC 9110, 5.5).
-_CONTROLS = re.compile(r"[\0-\x08\x0a-\x1f\x7f]")
-_PHRASES = {400: "Bad Request", 403: "Forbidden", 426: "Upgrade Required"}
+#: A line that a program may add to a head: nothing in it ends the line (RFC
+#: 9110, 5.5), and what follows the head is not for the program to say.
+_FIELD = re.compile(
+    "(?ai)(?!(?:connection|content-length|sec-websocket-.*|transfer-encoding"
+    f"|upgrade):){_TOKEN.pattern}: "
+    r"[^\0-\x08\x0a-\x1f\x7f\ud800-\udc7f\udd00-\udfff]*")
+#: A request: RFC 9112, 3.2 (absolute-form or origin-form) and 5.2 (folds).
+_REQUEST = re.compile(
+    r"(\S+) (?:(?ai:https?|wss?)://[^/?#@\\\0-\x20]+|(?=/))"
+    r"([/?][^#\0-\x20\x7f-\x9f]*|) HTTP/([0-9]\.[0-9])"
+    rf"(?:\r\n{_TOKEN.pattern}:[^\0\r\n]*(?:\r\n[ \t][^\0\r\n]*)*)*\r\n\r\n")
+_CHUNK = re.compile(rb"([0-9A-Fa-f]{1,15})[^\r\n]*\r\n")
+_LISTS = r"(?ai)(?:.*,)?\s*%s\s*(?:,.*)?"
+#: What a request for a WebSocket must have (RFC 6455, 4.2.1; RFC 9112, 3.2 and
+#: 6): header, pattern of its value, reason and status (400) of the refusal.
+_REQUEST_RULES = (
+    (":version", r"1\.[1-9]|[2-9].*", "HTTP/1.1 is needed"),
+    (":method", "GET", "the method must be GET"),
+    ("host", r"[^\s,/?#@\\]+", "there must be one Host"),
+    ("transfer-encoding", "", "a request with a body"),
+    ("content-length", "0*", "a request with a body"),
+    ("upgrade", _LISTS % "websocket", "Upgrade must name websocket", 426),
+    ("connection", _LISTS % "upgrade", "Connection must name Upgrade"),
+    ("sec-websocket-key", "[A-Za-z0-9+/]{22}==",
+     "Sec-WebSocket-Key must be 16 bytes in base64"),
+    ("sec-websocket-version", "13", "Sec-WebSocket-Version must be 13", 426))
 #: The codes that a close frame may carry (7.4, and IANA's registry).
 _CLOSE_CODES = range(1000, 1004), range(1007, 1015), range(3000, 5000)
 
@@ -1233,9 +1260,29 @@ def _printable(text):
                    for char in text)
 
 
-def _tokens(value):
-    """Return the elements of a header's list, in lower case."""
-    return [token.strip().lower() for token in (value or "").split(",")]
+def _check_fields(pairs):
+    """Raise ValueError for header fields that a program may not send."""
+    for name, value in pairs:
+        if (not isinstance(name, str) or not isinstance(value, (str, int))
+                or not _FIELD.fullmatch(f"{name!s}: {value!s}")):
+            raise ValueError(f"not a header field: {name!r}: {value!r}")
+
+
+def _read_body(headers, data):
+    """Return (body, whether it is complete) of an answer.  RFC 9112, 6.3."""
+    length, body = headers.get("content-length", ""), data
+    if "chunked" in headers.get("transfer-encoding", "").lower():
+        body, rest = b"", data
+        while (match := _CHUNK.match(rest)) and (size := int(match[1], 16)):
+            body += rest[match.end():][:size]
+            rest = rest[match.end() + size + 2:]
+        complete = bool(match)
+    elif re.fullmatch("[0-9]{1,15}", length):
+        body = data[:int(length)]
+        complete = len(body) == int(length)
+    else:  # it ends with the connection, unless that is to stay (9.3)
+        complete = "close" not in headers.get("connection", "close").lower()
+    return bytes(body[:_LONGEST_HEAD]), complete or len(data) > _LONGEST_HEAD
 
 
 class _Fields(Sequence):
@@ -1244,14 +1291,14 @@ class _Fields(Sequence):
     def __init__(self, head):
         self.head = head
 
-    def __len__(self):
-        return len(_parse_head(self.head)[1])
-
     def __getitem__(self, index):
-        return _parse_head(self.head)[1][index]
+        return _parse_head(self.head, "surrogateescape")[1][index]
+
+    def __len__(self):
+        return len(self[:])
 
     def __iter__(self):
-        return iter(_parse_head(self.head)[1])
+        return iter(self[:])
 
 
 class _Violation(ProtocolError):
@@ -1273,7 +1320,7 @@ class WebSocketFraming(Framing):
     message = TextMessage
     handshake = "WebSocket handshake"
     path = "/"                #: that a client asks for, a server is asked for
-    headers = ()              #: (name, value) pairs that come along with that
+    headers = ()  #: (name, value) pairs beside it; a client's replace ours
     offers = ()               #: the subprotocols that a client offers
     #: Those that a server speaks.
     subprotocols = ("sip",) if "sip" in FRAMINGS else ()
@@ -1285,6 +1332,7 @@ class WebSocketFraming(Framing):
         self.opened = False
         self.subprotocol = None  #: the one agreed on
         self._key = None         # of a client's handshake
+        self._refusal = None     # the arguments of answered, and the detail
         self._frame = None       # (final, mask) of the frame that comes in
         self._left = 0           # bytes of it that have not come
         self._kind = None        # opcode of the message that comes in
@@ -1294,15 +1342,24 @@ class WebSocketFraming(Framing):
         self.mute = False        # our close frame has been sent
 
     def refuse(self, path, headers):
-        """Return why a client is refused (403), or None to accept it.
+        """Return None, or the reason of a 403, a status, or (status, headers,
+        text), where status 101 accepts and adds headers to the answer.
 
-        headers are (name in lower case, value) pairs, as in msg.framing's.
+        Asked of each request that is HTTP, also a health check's.  headers are
+        (name in lower case, value) pairs, as in msg.framing's.  What is not
+        UTF-8 in them and in path is as os.fsdecode has it.
         """
         return None
 
+    def answered(self, status, headers, body):
+        """Hear a server's answer: once, before its client opens or ends.
+
+        headers as for refuse; body: the bytes of a refusal's, 16 kB at most.
+        """
+
     def _check(self):
         """Raise ValueError for a setting that a request cannot carry."""
-        if not re.fullmatch(r"[!-~]+", self.path):
+        if not re.fullmatch(r"/[!\"$-~]*", self.path):
             raise ValueError(f"not a WebSocket path: {self.path!r}")
         for names in (self.offers, self.subprotocols):
             if isinstance(names, str):
@@ -1311,9 +1368,7 @@ class WebSocketFraming(Framing):
                     or len(set(names)) < len(names)):
                 raise ValueError(
                     f"subprotocols must be distinct tokens, not {names!r}")
-        for name, value in self.headers:
-            if not _TOKEN.fullmatch(name) or _CONTROLS.search(str(value)):
-                raise ValueError(f"not a header field: {name!r}: {value!r}")
+        _check_fields(self.headers)
 
     def begin(self, host):
         """Queue a client's request."""
@@ -1323,80 +1378,91 @@ class WebSocketFraming(Framing):
             self._say_http(f"GET {self.path} HTTP/1.1", {
                 "Host": host, "Upgrade": "websocket", "Connection": "Upgrade",
                 "Sec-WebSocket-Key": self._key, "Sec-WebSocket-Version": "13",
-                "Sec-WebSocket-Protocol": ", ".join(self.offers),
-                **dict(self.headers)})
+                "Sec-WebSocket-Protocol": ", ".join(self.offers) or None,
+            }, self.headers)
 
-    def _say_http(self, start, headers, body=""):
+    def _say_http(self, start, ours, theirs, body=b""):
+        """Queue a head; fields of theirs, the program's, replace ours."""
+        names = {name.lower() for name, _ in theirs}
+        fields = [(name, value) for name, value in ours.items()
+                  if value is not None and name.lower() not in names]
         lines = [start, *(f"{name!s}: {value!s}" for name, value
-                          in headers.items() if value), "", body]
-        self.output += "\r\n".join(lines).encode()
+                          in (*fields, *theirs)), "", ""]
+        self.output += "\r\n".join(lines).encode("utf-8", "surrogateescape")
+        self.output += body
 
     def _shake_hands(self):
-        """Read the other side's half of the handshake, if it is complete."""
+        """Take the other side's half of the handshake; SKIPPED or None."""
+        while self.buffer.startswith(b"\r\n"):  # RFC 9112, 2.2
+            del self.buffer[:2]
         _check_printable(self.buffer, "HTTP")
-        end = self.buffer.find(b"\r\n\r\n")
-        if (len(self.buffer) if end < 0 else end) > _LONGEST_HEAD:
-            if self.client:
-                raise ProtocolError("the answer's headers have no end")
-            self._refuse(400, "the headers are too long")
-        if end < 0:
-            return
-        fields = _Fields(bytes(self.buffer[:end]))
-        start, pairs = _parse_head(fields.head)
-        del self.buffer[:end + 4]
-        headers = {}
+        end = re.search(rb"\n\r?\n", self.buffer)
+        if (end.start() if end else len(self.buffer)) > _LONGEST_HEAD:
+            self._refuse("the headers have no end within 16 kB")
+        if not end:
+            return None
+        head = bytes(self.buffer[:end.end()])
+        start, pairs = _parse_head(head, "surrogateescape")
+        headers = {":start": start}
         for name, value in pairs:
             headers[name] = (f"{headers[name]}, {value}" if name in headers
                              else value)
-        if self.client:
-            self._check_answer(start, headers)
-        else:
-            if len(pairs) > _MOST_FIELDS:
-                self._refuse(400, f"over {_MOST_FIELDS} header fields")
-            self._answer(start, headers, fields)
-        self.opened = True
+        take = self._take_answer if self.client else self._answer
+        opened = take(head, pairs, headers)
+        if opened is None:
+            return None
+        del self.buffer[:len(head)]  # now: a signal may cut refuse() off
+        self.opened = opened
+        return SKIPPED
 
-    def _answer(self, start, headers, fields):
+    def _answer(self, head, pairs, headers):
         """Refuse or grant a client's request.  RFC 6455, 4.2."""
-        match = re.fullmatch(r"(\S+) (\S+) HTTP/([0-9]\.[0-9])", start)
-        if not match or match[3] < "1.1":
-            self._refuse(400, "HTTP/1.1 is needed")
-        if match[1] != "GET":
-            self._refuse(400, "the method must be GET")
-        if not headers.get("host") or "," in headers["host"]:
-            self._refuse(400, "there must be one Host")
-        if "websocket" not in _tokens(headers.get("upgrade")):
-            self._refuse(
-                426, "this is a WebSocket; Upgrade must name websocket")
-        if "upgrade" not in _tokens(headers.get("connection")):
-            self._refuse(400, "Connection must name Upgrade")
-        if not re.fullmatch(r"[A-Za-z0-9+/]{22}==",
-                            headers.get("sec-websocket-key", "")):
-            self._refuse(400, "Sec-WebSocket-Key must be 16 bytes in base64")
-        if headers.get("sec-websocket-version") != "13":
-            self._refuse(426, "Sec-WebSocket-Version must be 13")
-        self.path, self.headers = match[2], fields
-        reason = self.refuse(match[2], fields)
-        if reason:
-            self._refuse(403, str(reason))
+        match = _REQUEST.fullmatch(head.decode("utf-8", "surrogateescape"))
+        if not match:
+            self._refuse("GET path HTTP/1.1 and headers are needed")
+        if len(pairs) > _MOST_FIELDS:
+            self._refuse(f"over {_MOST_FIELDS} header fields")
+        self.path = match[2] if match[2][:1] == "/" else f"/{match[2]}"
+        self.headers = _Fields(head)
+        answer = self.refuse(self.path, self.headers) or 101
+        if isinstance(answer, int):
+            answer = answer, (), ""
+        status, added, text = (answer if isinstance(answer, tuple)
+                               else (403, (), str(answer)))
+        _check_fields(added)
+        if status != 101:
+            self._refuse(text, status, added)
+        headers[":method"], headers[":version"] = match[1], match[3]
+        self._keep(_REQUEST_RULES, headers)
         offered = headers.get("sec-websocket-protocol", "").split(",")
         self._agree(next((name.strip() for name in offered
                           if name.strip() in self.subprotocols), None))
         self._say_http("HTTP/1.1 101 Switching Protocols", {
             "Upgrade": "websocket", "Connection": "Upgrade",
             "Sec-WebSocket-Accept": _accept_key(headers["sec-websocket-key"]),
-            "Sec-WebSocket-Protocol": self.subprotocol})
+            "Sec-WebSocket-Protocol": self.subprotocol}, added)
+        return True
 
-    def _refuse(self, status, reason):
-        """Queue an HTTP error and raise ProtocolError."""
-        self._say_http(f"HTTP/1.1 {status} {_PHRASES[status]}", {
-            "Upgrade": "websocket" if status == 426 else "",
-            "Sec-WebSocket-Version": "13" if status == 426 else "",
-            "Connection": "Upgrade, close" if status == 426 else "close",
-            "Content-Type": "text/plain; charset=utf-8",
-            "Content-Length": str(len(reason.encode()) + 1),
-        }, reason + "\n")
-        raise ProtocolError(f"WebSocket handshake failed: {reason}")
+    def _keep(self, rules, headers):
+        """Refuse a head that breaks a rule."""
+        for name, pattern, *refusal in rules:
+            if not re.fullmatch(pattern, headers.get(name, "")):
+                self._refuse(*refusal)
+
+    def _refuse(self, text, status=400, added=()):
+        """Raise ProtocolError; a server queues an answer first."""
+        body, old = text.encode("utf-8", "surrogateescape"), status == 426
+        start = f"{status:d} {http.HTTPStatus(status).phrase}"
+        if not self.client:
+            self._say_http(f"HTTP/1.1 {start}", {
+                "Upgrade": "websocket" if old else None,
+                "Sec-WebSocket-Version": "13" if old else None,
+                "Connection": "Upgrade, close" if old else "close",
+                "Content-Type": "text/plain; charset=utf-8" if body else None,
+                "Content-Length": None if status == 204 else len(body),
+            }, added, b"" if self.buffer.startswith(b"HEAD ") else body)
+        raise ProtocolError(
+            f"{self.handshake} failed: {_printable(text[:200]) or start}")
 
     def _agree(self, subprotocol):
         self.subprotocol = subprotocol
@@ -1405,31 +1471,45 @@ class WebSocketFraming(Framing):
             self.message = getattr(sip, "message", self.message)
             self._whole = getattr(sip, "whole", None)
 
-    def _check_answer(self, start, headers):
-        """Check a server's half of the handshake.  RFC 6455, 4.1."""
-        subprotocol = headers.get("sec-websocket-protocol")
-        for wrong, reason in (
-                (not re.match(r"HTTP/1\.1 101(?: |$)", start),
-                 f"the peer says {_printable(start[:80])}"),
-                (_tokens(headers.get("upgrade")) != ["websocket"],
-                 "Upgrade must be websocket"),
-                ("upgrade" not in _tokens(headers.get("connection")),
-                 "Connection must name Upgrade"),
-                (headers.get("sec-websocket-accept")
-                 != _accept_key(self._key), "Sec-WebSocket-Accept is wrong"),
-                (headers.get("sec-websocket-extensions"),
-                 "an extension that was not offered"),
-                (subprotocol is not None and subprotocol not in self.offers,
-                 "a subprotocol that was not offered")):
-            if wrong:
-                raise ProtocolError(f"WebSocket handshake failed: {reason}")
-        self._agree(subprotocol)
+    def _take_answer(self, head, pairs, headers):
+        """Return whether an answer opens it (4.1), None if more is to come."""
+        start = headers[":start"]
+        says = f"the peer says {_printable(start[:80])}"
+        match = re.match(r"HTTP/1\.[0-9] ([1-9][0-9]{2})(?: |$)", start)
+        status = int(match[1]) if match else 0
+        if status == 101:
+            self.answered(status, pairs, b"")
+        elif 100 <= status < 200:
+            return False  # another one will follow: RFC 9110, 15.2
+        elif status:
+            body, complete = _read_body(headers, self.buffer[len(head):])
+            self._refusal = status, pairs, body, says
+            if not complete:
+                return None
+        self._keep((
+            (":start", r"HTTP/1\.1 101( .*)?", says),
+            ("upgrade", "(?ai)websocket", "Upgrade must be websocket"),
+            ("connection", _LISTS % "upgrade", "Connection must name Upgrade"),
+            ("sec-websocket-accept", re.escape(_accept_key(self._key)),
+             "Sec-WebSocket-Accept is wrong"),
+            ("sec-websocket-extensions", "", "an extension not offered"),
+            ("sec-websocket-protocol", "|".join(
+                map(re.escape, ("", *self.offers))),
+             "a subprotocol not offered")), headers)
+        self._agree(headers.get("sec-websocket-protocol") or None)
+        return True
+
+    def refused(self):
+        """Report a refusal to answered; return the end's detail, or None."""
+        refusal, self._refusal = self._refusal, None
+        if refusal:
+            self.answered(*refusal[:3])
+        return refusal and f"{self.handshake} failed: {refusal[3]}"
 
     def next_message(self):
         """Return the next message, str or bytes; SKIPPED or None if none."""
         if not self.opened:
-            self._shake_hands()
-            return SKIPPED if self.opened else None
+            return self._shake_hands()
         if self.closed:
             return None
         try:
@@ -1468,12 +1548,10 @@ class WebSocketFraming(Framing):
         if opcode < _CLOSE and self._size + length > self.max_message:
             raise _Violation(1009,
                              f"a message of over {self.max_message} bytes")
-        mask = None
-        if not self.client:
-            size += 4
-            if len(buffer) < size:
-                return None
-            mask = bytes(buffer[size - 4:size])
+        size += 0 if self.client else 4
+        if len(buffer) < size:
+            return None
+        mask = None if self.client else bytes(buffer[size - 4:size])
         return opcode, final, mask, size, length
 
     def _check_frame(self, opcode, final, length):
@@ -1610,8 +1688,12 @@ class WebSocketFraming(Framing):
                 _CLOSE, head + reason.encode()[:123])
 
     def farewell(self, reason):
-        """Return a close frame, unless one has been sent.  7.4.1."""
-        self._queue_close(1000 if reason in ("closed", "eof") else 1001)
+        """Return a close frame or a 500, unless one has been sent.  7.4.1."""
+        if reason == "error" and not self.opened:
+            with contextlib.suppress(ProtocolError):
+                self._refuse("the server has failed", 500)
+        self._queue_close({"closed": 1000, "eof": 1000, "error": 1011}.get(
+            reason, 1001))
         data = bytes(self.output)
         self.output.clear()
         return data
@@ -1694,6 +1776,7 @@ class TlsFraming(Framing):
     partial = property(lambda self: bool(
         self.inner.partial or self._left or self._head))
     pending = property(lambda self: self.inner.pending)
+    refused = property(lambda self: self.inner.refused)
 
     def begin(self, host):
         """Start the handshake."""
@@ -1770,7 +1853,7 @@ class TlsFraming(Framing):
                 self._collect()
         if inner.closed:
             self.closed = inner.closed
-        if payload is None and self._failure:
+        if payload is None and self._failure and not self.closed:
             raise ProtocolError(self._failure)
         return payload
 
@@ -3019,6 +3102,9 @@ class Messages:
         else:
             handlers.raised(error, f"framing {conn.plan.name}", conn)
             detail = f"the framing raised {_words(error, repr)}"
+            if conn.usable():  # to the peer it is an error of ours
+                self.ask_last(
+                    lambda it: it.output.extend(it.farewell("error")), None)
         conn.end(Cause("protocol", None, detail), _SEND_REST)
 
     def speak(self):
@@ -3585,6 +3671,9 @@ class Connection:
                 self.messages.waiting = True  # a full queue may hold some back
             self.plan.reactor.deadlines.disarm(self)
             return  # work() reads the rest, and comes back
+        if self.messages is not None and not self.opened:
+            words = self.messages.ask_last(lambda it: it.refused(), None)
+            cause = cause if words is None else Cause("protocol", None, words)
         if cause.errno == errno.ETIMEDOUT and self.icmp is not None:
             # As the kernel would have said, had no probe asked before.
             (number, when), info = self.icmp, tcp_info(self.sock)

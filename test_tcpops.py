@@ -27,6 +27,7 @@ import fractions
 import functools
 import gc
 import hashlib
+import http
 import http.client
 import importlib
 import importlib.util
@@ -254,7 +255,6 @@ DETAILS = {
         "a bare CR or LF: lines end with CR LF", "no Content-Length",
         "Content-Length is no number", "several Content-Lengths that differ",
         "a message that is cut short",
-        "the answer's headers have no end",
         r"WebSocket handshake failed: \S.*",
         "a payload length that is badly written", "a reserved bit is set",
         r"opcode \d+ is unknown", "a masked frame from the server",
@@ -5736,6 +5736,523 @@ class TestSipRulesOverWebSocket:
         assert (came.proto, went.proto) == ("ws", "tcp")
         assert (came.method, came.body) == (went.method, went.body)
         assert went.header("l") == str(len(went.body))
+
+
+def asked(data, step=None, **attributes):
+    """Feed a request to a server's side; return (it, the answer or None)."""
+    server = type("Server", (tcpops.WebSocketFraming,), attributes)(9999, False)
+    step = step or len(data)
+    try:
+        feed(server, *(data[i:i + step] for i in range(0, len(data), step)))
+    except tcpops.ProtocolError as error:
+        assert not server.opened
+        assert str(error).startswith("WebSocket handshake failed: ")
+    return server, bytes(server.output) or None
+
+
+@needs_ws
+class TestRequestLine:
+    """What a server takes and refuses of a request.  RFC 9112, 2 to 6."""
+
+    @pytest.mark.parametrize("target, path", [
+        (b"/", "/"), (b"/a?b=c/d?e", "/a?b=c/d?e"), (b"/%20", "/%20"),
+        (b"http://host/chat?x=1", "/chat?x=1"), (b"wss://host:1/a", "/a"),
+        (b"HTTPS://[::1]:80/a", "/a"), (b"ws://host", "/"),
+        (b"http://host?x", "/?x"), (b"//host/a", "//host/a"),
+        (b"/http://host/", "/http://host/"),
+        ("/gr\u00fc\u00df".encode(), "/gr\u00fc\u00df"),
+        (b"/\xff", "/\udcff"),
+        (b"*", None), (b"host:80", None), (b"?x", None), (b"a", None),
+        (b"/a#b", None), (b"http://host/#b", None), (b"http:///a", None),
+        (b"http://a@host/", None), (b"ftp://host/", None), (b"http:/a", None),
+        ("w\u017f://host/".encode(), None), (b"http://ho\\st/", None),
+        (b"/a b", None), (b"/a\tb", None), (b"/\0", None), (b"/a\x7f", None),
+        (b"/\x1b[31m", None), (b"/\xc2\x85", None), (b"http://a\0/", None)])
+    def test_targets(self, target, path):
+        server, answer = asked(HELLO.replace(b"/chat", target, 1))
+        assert answer.startswith(b"HTTP/1.1 101 " if path else
+                                 b"HTTP/1.1 400 ")
+        assert server.opened is bool(path) and server.path == (path or "/")
+
+    @pytest.mark.parametrize("old, new", [
+        (b"GET", b"\r\nGET"), (b"GET", b"\r\n\r\n\r\nGET"),
+        (b"Host:", b"Content-Length: 0\r\nHost:"),
+        (b"Host: ", b"X:\r\nHost:"), (b"Host:", b"x: a\r\n\tb\r\n  c\r\nhost:"),
+        (b"Host:", b"X: \x01\xff\xfe\r\nHOST:"),
+        (b"Upgrade\r\n", b"keep-alive , Upgrade,\r\n")])
+    def test_what_is_accepted(self, old, new):
+        data = HELLO.replace(old, new, 1)
+        for step in (1, 2, 3, None):
+            assert asked(data, step)[1] == WELCOME
+
+    @pytest.mark.parametrize("old, new", [
+        (b"GET", b"get"), (b"GET", b" GET"), (b"GET", b"\rGET"),
+        (b"GET ", b"GET  "), (b"HTTP/1.1", b"HTTP/1.1 "),
+        (b"HTTP/1.1", b"http/1.1"), (b"HTTP/1.1", b"HTTP/1.0"),
+        (b" HTTP/1.1", b""), (b"HTTP/1.1", "HTTP/1.\u0661".encode()),
+        (b"Host:", b"Host :"), (b"Host:", b" folded\r\nHost:"),
+        (b"Host:", b"Host: other\r\nHost:"), (b"Host: s", b"Host: a,s"),
+        (b"Host: server.example.com", b"Host:"), (b"Host: ", b"Host: a@"),
+        (b"Host:", b"X: a\rb\r\nHost:"), (b"Host:", b"X: a\nHost:"),
+        (b"Host:", b"X: a\0b\r\nHost:"), (b"Host:", b"no colon\r\nHost:"),
+        (b"Host:", b": no name\r\nHost:"), (b"Host:", b"X Y: a\r\nHost:"),
+        (b"Host:", b"X\xff: a\r\nHost:"), (b"\r\nHost:", b"\nHost:"),
+        (b"\r\n\r\n", b"\n\n"), (b"\r\n\r\n", b"\r\n\n"),
+        (b"\r\n\r\n", b"\n\r\n"),
+        (b"Host:", b"Transfer-Encoding: chunked\r\nHost:"),
+        (b"Host:", b"Content-Length: 1\r\nHost:"),
+        (b"Host:", b"Content-Length: -0\r\nHost:"),
+        (b"Host:", b"Content-Length: 0\r\nContent-Length: 7\r\nHost:"),
+        (b"Host:", b"X: " + b"x" * 17000 + b"\r\nHost:")])
+    def test_what_is_a_400(self, old, new):
+        data = HELLO.replace(old, new, 1)
+        if not data.startswith((b" GET", b"\rGET")):
+            answer = asked(data)[1]
+            assert answer.startswith(b"HTTP/1.1 400 Bad Request\r\n")
+        else:
+            with pytest.raises(tcpops.ProtocolError, match="this is not HTTP"):
+                feed(tcpops.WebSocketFraming(9, False), data)
+
+    @pytest.mark.parametrize("data", [
+        b"HEAD / HTTP/1.1\r\nHost: a\r\n\r\n", b"HEAD / HTTP/1.0\r\n\r\n",
+        b"HEAD * HTTP/1.1\r\n\r\n", b"\r\nHEAD / HTTP/1.1\r\nX\r\n\r\n",
+        HELLO.replace(b"GET", b"HEAD")])
+    def test_the_refusal_of_a_head_has_no_body(self, data):
+        _, answer = asked(data)
+        assert re.fullmatch(rb"HTTP/1.1 400 .*\r\nContent-Length: [1-9]\d+"
+                            rb"\r\n\r\n", answer, re.DOTALL)
+
+    def test_bytes_that_are_not_utf_8_are_kept(self):
+        """And go out as they came."""
+        server, answer = asked(
+            HELLO[:-2] + b"X: caf\xe9\r\nY: caf\xc3\xa9\r\n\r\n",
+            refuse=lambda self, path, headers: dict(headers)["x"])
+        fields = dict(server.headers)
+        assert len(server.headers) == len(fields) == 7
+        assert fields["x"].encode("utf-8", "surrogateescape") == b"caf\xe9"
+        assert fields["y"] == "caf\xe9"
+        assert answer.endswith(b"\r\n\r\ncaf\xe9")
+
+    def test_the_target_of_a_request_that_is_refused_is_judged(self):
+        """A URL is no way around a check of the path."""
+        paths = []
+
+        def refuse(self, path, headers):
+            paths.append(path)
+            return "no" if path.startswith("/admin") else None
+        for target in (b"/admin", b"http://a/admin", b"WS://a/admin?x"):
+            _, answer = asked(HELLO.replace(b"/chat", target), refuse=refuse)
+            assert answer.startswith(b"HTTP/1.1 403 ")
+        assert paths == ["/admin", "/admin", "/admin?x"]
+
+
+def client_of(**attributes):
+    """Return a client's side, and its request's lines."""
+    client = type("Client", (tcpops.WebSocketFraming,), attributes)(9999, True)
+    client.begin("host:80")
+    lines = client.output.decode("utf-8", "surrogateescape").split("\r\n")
+    client.output.clear()
+    assert lines[-2:] == ["", ""]
+    return client, lines[:-2]
+
+
+def granted(client):
+    """Return the answer that opens a client."""
+    return re.sub(rb"(?<=Accept: )\S+",
+                  tcpops._accept_key(client._key).encode(), WELCOME)
+
+
+@needs_ws
+class TestRequestHead:
+    """What a client sends, and what it makes of the answer."""
+
+    def test_lines_of_the_program_and_ours(self):
+        """Its own replace ours of that name, and are all sent, in order."""
+        _, lines = client_of(offers=("a", "b"), headers=[
+            ("X-Tag", "1"), ("Origin", ""), ("x-tag", 2), ("HOST", "other"),
+            ("X-Tag", "1")])
+        key = lines.pop(3)
+        assert re.fullmatch("Sec-WebSocket-Key: [A-Za-z0-9+/]{22}==", key)
+        assert lines == [
+            "GET / HTTP/1.1", "Upgrade: websocket", "Connection: Upgrade",
+            "Sec-WebSocket-Version: 13", "Sec-WebSocket-Protocol: a, b",
+            "X-Tag: 1", "Origin: ", "x-tag: 2", "HOST: other", "X-Tag: 1"]
+        _, lines = client_of()
+        assert "Host: host:80" in lines and len(lines) == 6
+
+    @pytest.mark.parametrize("name", [
+        "Upgrade", "connection", "SEC-WEBSOCKET-KEY", "Sec-WebSocket-Version",
+        "Sec-WebSocket-Accept", "Sec-WebSocket-Protocol",
+        "sec-websocket-extensions", "Content-Length", "transfer-encoding"])
+    def test_lines_that_are_the_protocol_s(self, world, name):
+        mine = type("Mine", (tcpops.WebSocketFraming,),
+                    {"headers": [(name, "x")]})
+        for client in (False, True):
+            with pytest.raises(ValueError, match="not a header field"):
+                mine(9999, client)
+        with pytest.raises(ValueError):
+            world.ops.connect("127.0.0.1", world.port, framing=mine)
+        _, lines = client_of(headers=[("X-" + name, "x"), (name + "s", "y")]
+                             if "sec" not in name.lower() else [])
+        assert len(lines) in (6, 8)
+
+    @pytest.mark.parametrize("name, value", [
+        ("headers", [("X", None)]), ("headers", [("X", b"x")]),
+        ("headers", [(b"X", "x")]), ("headers", [(1, "x")]),
+        ("headers", [("X", "\ud800")]), ("headers", [("\u212aey", "x")]),
+        ("headers", {"Name": "value"}), ("headers", [("X", "a\x1fb")]),
+        ("path", "?x"), ("path", "chat"), ("path", "/a#b"), ("path", "/#"),
+        ("path", "ws://host/"), ("path", "/\xe9"), ("path", "/a\n")])
+    def test_what_is_no_setting(self, name, value):
+        for client in (False, True):
+            with pytest.raises(ValueError):
+                type("Wrong", (tcpops.WebSocketFraming,), {name: value})(
+                    9999, client)
+
+    def test_bytes_of_a_server_s_may_go_back(self):
+        _, lines = client_of(path="//a?b?\"$",
+                             headers=[("X", "caf\udce9"), ("Y", "\u2028")])
+        assert lines[0] == "GET //a?b?\"$ HTTP/1.1"
+        assert lines[-2:] == ["X: caf\udce9", "Y: \u2028"]
+
+    @pytest.mark.parametrize("before", [
+        b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/1.1 103\r\n\r\n",
+        b"HTTP/1.0 102 \r\nContent-Length: 5\r\n\r\n\r\n" * 20,
+        b"HTTP/1.1 199 x\r\nLink: </a>\r\n\r\nHTTP/1.1 100 x\r\n\r\n"])
+    @pytest.mark.parametrize("step", [1, 7, 9999])
+    def test_answers_before_the_answer(self, before, step):
+        heard = []
+        client, _ = client_of(answered=lambda self, *args: heard.append(args))
+        data = before + granted(client)
+        assert feed(client, *(data[i:i + step]
+                              for i in range(0, len(data), step))) == []
+        assert client.opened and [args[::2] for args in heard] == [(101, b"")]
+        assert ("upgrade", "websocket") in heard[0][1]
+
+    #: Answers, whether FIN follows, and the body that is heard.
+    ANSWERS = [
+        (b"401 No\r\nContent-Length: 5\r\nX: \xff\r\n\r\nhello, more", b"hello"),
+        (b"302 Found\r\nContent-Length: 0\r\nX: \xff\r\n\r\n", b""),
+        (b"200 OK\r\nX: \xff\r\nConnection: Upgrade\r\n\r\n", b""),
+        (b"404 \r\nX: \xff\r\nConnection: keep-alive\r\n\r\nhere already",
+         b"here already"),
+        (b"503 Busy\r\nX: \xff\r\nTransfer-Encoding: gzip, Chunked\r\n\r\n"
+         b"5;a=b\r\nhello\r\n00c\r\n, my friends\r\n0\r\nX: y\r\n\r\n",
+         b"hello, my friends"),
+        (b"500 \r\nX: \xff\r\nContent-Length: 20000\r\n\r\n" + b"x" * 20000,
+         b"x" * 16384),
+        (b"500 \r\nX: \xff\r\nConnection: close\r\n\r\n" + b"x" * 20000,
+         b"x" * 16384)]
+    #: Answers whose body ends only with the connection.
+    CUT_SHORT = [
+        (b"401 No\r\nConnection: close\r\nX: \xff\r\n\r\nhello", b"hello"),
+        (b"401 No\r\nX: \xff\r\n\r\n", b""),
+        (b"401 No\r\nContent-Length: 9\r\nX: \xff\r\n\r\nhello", b"hello"),
+        (b"401 No\r\nTransfer-Encoding: chunked\r\nX: \xff\r\n\r\n"
+         b"3\r\nhel\r\n9\r\nlo", b"hello"),
+        (b"401 No\r\nTransfer-Encoding: chunked\r\nX: \xff\r\n\r\n"
+         b"5\r\nhello\r\nnonsense\r\n", b"hello")]
+
+    def refused(self, make_world, answer, way, clock=None, tls=None):
+        """Have a server refuse a client; return (event, what it heard)."""
+        world = make_world(**({"clock": clock} if clock else {}))
+        heard = []
+
+        class Client(tcpops.WebSocketFraming):
+            def answered(self, *args):
+                heard.append((args, len(world.events)))
+        server = world.server()
+        conid = world.ops.connect(*server.getsockname(), framing=Client)
+        peer = world.accept(server)
+        world.until(lambda: world.ops.connection(conid).bytes_out)
+        assert peer.recv(999).startswith(b"GET / HTTP/1.1\r\n")
+        peer.sendall(b"HTTP/1.1 " + answer)
+        if way == "fin":
+            peer.shutdown(socket.SHUT_WR)
+        elif way == "rst":
+            rst(peer)
+        elif way:
+            world.until(lambda: world.ops.connection(conid).bytes_in
+                        == len(answer) + 9)
+            world.settle()
+            assert not heard and not world.events
+            if way == "deadline":
+                clock.advance(20)
+            else:
+                getattr(world.ops, way)(*[conid][:way != "close"])
+        event = world.ends()[0] if way == "close" else world.end(conid)
+        ((status, headers, body), before), = heard
+        assert before == 0 and ("x", "\udcff") in headers
+        assert answer.startswith(b"%d " % status)
+        return event, body
+
+    @pytest.mark.parametrize("answer, body", ANSWERS)
+    def test_an_answer_that_refuses_is_heard(self, make_world, answer, body):
+        event, heard = self.refused(make_world, answer, None)
+        assert heard == body
+        assert (event.reason, event.detail) == (
+            "protocol", "WebSocket handshake failed: the peer says HTTP/1.1 "
+            + answer.partition(b"\r\n")[0].decode())
+
+    @pytest.mark.parametrize("answer, body", CUT_SHORT)
+    @pytest.mark.parametrize("way", [
+        "fin", "rst", "deadline", "close", "tcp_close_connection"])
+    def test_one_that_is_cut_short_is_heard(self, make_world, clock, answer,
+                                            body, way):
+        """However it ends: the refusal came first."""
+        event, heard = self.refused(make_world, answer, way, clock)
+        assert heard == body and event.reason == "protocol"
+        assert event.detail == (
+            "WebSocket handshake failed: the peer says HTTP/1.1 401 No")
+
+    def test_chunks_that_never_end(self):
+        """What is held is bounded, not only the body."""
+        heard = []
+        client, _ = client_of(answered=lambda self, *args: heard.append(args))
+        feed(client, b"HTTP/1.1 401 No\r\nTransfer-Encoding: chunked\r\n\r\n")
+        with pytest.raises(tcpops.ProtocolError, match="401 No"):
+            for _ in range(200):
+                feed(client, b"1;%s\r\nx\r\n" % (b"e" * 95))
+        assert 16384 < client.pending < 16700
+        assert client.refused() is not None and len(heard[0][2]) > 100
+
+    @pytest.mark.parametrize("answer", [
+        b"HTTP/2 401 No\r\n\r\n", b"HTTP/1.1 4011 No\r\n\r\n",
+        b"HTTP/1.1 012 x\r\n\r\n", b"SIP/2.0 401 No\r\n\r\n"])
+    def test_what_is_no_answer_is_not_heard(self, answer):
+        heard = []
+        client, _ = client_of(answered=lambda self, *args: heard.append(args))
+        with pytest.raises(tcpops.ProtocolError, match="the peer says "):
+            feed(client, answer)
+        assert heard == [] and client.refused() is None
+
+    def test_a_wrong_101_is_heard(self):
+        heard = []
+        client, _ = client_of(answered=lambda self, *args: heard.append(args))
+        with pytest.raises(tcpops.ProtocolError, match="Accept is wrong"):
+            feed(client, WELCOME)
+        assert [args[0] for args in heard] == [101]
+
+    def test_a_fault_in_answered(self, make_world, logged):
+        class Client(tcpops.WebSocketFraming):
+            def answered(self, status, headers, body):
+                raise ZeroDivisionError("mine")
+        world = make_world(framing="ws")
+        conid = world.ops.connect("127.0.0.1", world.port, framing=Client)
+        event = world.end(conid)
+        assert (event.reason, event.detail) == (
+            "protocol", "the framing raised ZeroDivisionError('mine')")
+        assert not event.opened and len(logged) == 1
+
+    @needs_tls
+    def test_a_refusal_and_a_fin_without_close_notify(self, make_world):
+        """The refusal came first; and so it did before a broken record."""
+        for rest in (b"", b"\x17\x03\x03\x00\x20" + bytes(32)):
+            server_context, client_context = contexts()
+            world = make_world()
+            heard = []
+            client = type("Client", (tcpops.WebSocketFraming,), {
+                "answered": lambda self, *args: heard.append(args)})
+            server = world.server()
+            conid = world.ops.connect(
+                *server.getsockname(), framing=client, tls=client_context,
+                server_hostname="localhost")
+            peer = world.accept(server)
+            incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+            tls = server_context.wrap_bio(incoming, outgoing, server_side=True)
+            request = b""
+            while b"\r\n\r\n" not in request:
+                world.ops.step(0.1)
+                with contextlib.suppress(BlockingIOError):
+                    incoming.write(peer.recv(9999, socket.MSG_DONTWAIT))
+                with contextlib.suppress(ssl.SSLWantReadError):
+                    request += tls.read(9999)
+                peer.sendall(outgoing.read())
+            tls.write(b"HTTP/1.1 401 No\r\nConnection: close\r\n\r\nhello")
+            peer.sendall(outgoing.read() + rest)
+            if not rest:
+                peer.close()
+            event = world.end(conid)
+            assert (event.reason, event.detail) == (
+                "protocol",
+                "WebSocket handshake failed: the peer says HTTP/1.1 401 No")
+            assert [args[::2] for args in heard] == [(401, b"hello")]
+
+
+@needs_ws
+class TestRefuse:
+    """What refuse() may answer, and what a fault of the program's does."""
+
+    PLAIN = b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n"
+
+    @pytest.mark.parametrize("data", [
+        HELLO, PLAIN, HELLO.replace(b"GET", b"HEAD"),
+        b"OPTIONS / HTTP/1.0\r\n\r\n"])
+    @pytest.mark.parametrize("answer, start, lines, body", [
+        ("go away", "403 Forbidden", {"Content-Length: 7"}, b"go away"),
+        (ValueError("odd"), "403 Forbidden", {"Connection: close"}, b"odd"),
+        (429, "429 Too Many Requests", {"Content-Length: 0"}, b""),
+        ((401, [("WWW-Authenticate", "Basic"), ("www-authenticate", "X")], ""),
+         "401 Unauthorized", {"WWW-Authenticate: Basic", "Content-Length: 0",
+                              "www-authenticate: X"}, b""),
+        ((200, (), "ok"), "200 OK",
+         {"Content-Type: text/plain; charset=utf-8", "Content-Length: 2"},
+         b"ok"),
+        ((404, [("content-type", "text/html")], "<p>\u00fc"), "404 Not Found",
+         {"content-type: text/html", "Content-Length: 5"}, "<p>\u00fc".encode()),
+        ((503, [("Retry-After", 5)], ""), "503 Service Unavailable",
+         {"Retry-After: 5"}, b""),
+        ((http.HTTPStatus.FOUND, [("Location", "/b")], ""), "302 Found",
+         {"Location: /b"}, b""),
+        ((426, (), ""), "426 Upgrade Required",
+         {"Connection: Upgrade, close", "Upgrade: websocket"}, b""),
+        ((204, (), ""), "204 No Content", {"Connection: close"}, b"")])
+    def test_answers(self, data, answer, start, lines, body):
+        """Asked of all that is HTTP, for a WebSocket or not."""
+        _, got = asked(data, refuse=lambda self, path, headers: answer)
+        head, _, rest = got.decode().partition("\r\n\r\n")
+        assert head.startswith(f"HTTP/1.1 {start}\r\n")
+        assert lines <= set(head.split("\r\n"))
+        names = [line.partition(":")[0].lower() for line in head.split("\r\n")]
+        assert names.count("content-type") == bool(body)
+        assert names.count("content-length") == ("204" not in start)
+        assert rest.encode() == (b"" if data.startswith(b"HEAD") else body)
+
+    def test_the_detail_of_the_end(self, make_world):
+        for answer, detail in (("no\x1b[0m\r\n", r"no\x1b[0m\r\n"),
+                               ((200, (), ""), "200 OK"),
+                               ((404, (), "x" * 999), "x" * 200)):
+            world = make_world(framing=type("Server", (
+                tcpops.WebSocketFraming,), {"refuse": lambda *_: answer}))
+            sock = socket.create_connection(("127.0.0.1", world.port), 5)
+            world.socks.append(sock)
+            sock.sendall(HELLO)
+            world.until(world.ends)
+            assert world.events[0].detail == (
+                f"WebSocket handshake failed: {detail}")
+
+    def test_headers_in_the_101(self):
+        server, answer = asked(HELLO, refuse=lambda *_: (
+            101, [("Set-Cookie", "a=b"), ("Set-Cookie", "c=d")], "unused"))
+        assert server.opened
+        assert answer == WELCOME[:-2] + (b"Set-Cookie: a=b\r\n"
+                                         b"Set-Cookie: c=d\r\n\r\n")
+        for answer in ((101, (), ""), 101):
+            _, answer = asked(self.PLAIN, refuse=lambda *_: answer)
+            assert answer.startswith(b"HTTP/1.1 426 ")
+
+    @pytest.mark.parametrize("data", [
+        HELLO.replace(b"Host:", b"Host :"), b"GET * HTTP/1.1\r\n\r\n",
+        HELLO.replace(b"\r\nHost:", b"\nHost:"), b"GET /\r\n\r\n",
+        HELLO.replace(b"Host:", b"a:b\r\n" * 100 + b"Host:")])
+    def test_what_is_no_http_is_not_judged(self, data):
+        def refuse(self, path, headers):
+            raise AssertionError("this is not asked")
+        assert asked(data, refuse=refuse)[1].startswith(b"HTTP/1.1 400 ")
+
+    @pytest.mark.parametrize("answer", [
+        (200, [("X", "a\r\nX-Evil: 1")], ""), (101, [("X", "a\nb")], ""),
+        (101, [("Sec-WebSocket-Extensions", "x")], ""),
+        (401, [("Content-Length", "99")], ""), (200, {"Name": "x"}, ""),
+        (700, (), ""), (404, (), None), (404, (), b"bytes"), (404,), True,
+        ("401", (), ""),
+        (404, (), "\ud800")])
+    def test_what_is_no_answer_is_a_500(self, make_world, logged, answer):
+        head = self.ask(make_world, lambda *_: answer)
+        assert head.startswith(b"HTTP/1.1 500 ") and b"Evil" not in head
+        assert len(logged) == 1
+
+    def ask(self, make_world, refuse, data=HELLO):
+        """Return what a server with that refuse() sends."""
+        world = make_world(framing=type("Server", (tcpops.WebSocketFraming,),
+                                        {"refuse": refuse}))
+        sock = socket.create_connection(("127.0.0.1", world.port), 5)
+        world.socks.append(sock)
+        sock.sendall(data)
+        world.until(world.ends)
+        assert [e.reason for e in world.events] == ["protocol"]
+        answer = b""
+        while (more := sock.recv(999)):
+            answer += more
+        return answer
+
+    @pytest.mark.parametrize("method", [b"GET", b"HEAD"])
+    def test_a_fault_is_a_500(self, make_world, logged, method):
+        answer = self.ask(make_world, lambda *_: 1 / 0,
+                          HELLO.replace(b"GET", method))
+        head, _, body = answer.partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 500 Internal Server Error\r\n")
+        assert body == (b"" if method == b"HEAD" else b"the server has failed")
+        assert logged == ["conid 2: framing Server raised"]
+
+    @needs_tls
+    def test_a_fault_over_tls_is_a_500(self, make_world):
+        server, client = contexts()
+        world = make_world(tls=server, framing=type(
+            "Server", (tcpops.WebSocketFraming,),
+            {"refuse": lambda *_: 1 / 0}))
+        peer = Peer.__new__(Peer)
+        with pytest.raises(AssertionError):  # it is no WELCOME
+            peer.__init__(world, client, web=True)
+        world.until(world.ends)
+        assert world.ends()[0].reason == "protocol"
+
+    def test_a_refusal_that_a_signal_cuts_off(self):
+        """refuse() is asked again when the loop goes on."""
+        answers = iter([KeyboardInterrupt, None])
+
+        def refuse(self, path, headers):
+            answer = next(answers)
+            if answer:
+                raise answer
+        server = type("Server", (tcpops.WebSocketFraming,),
+                      {"refuse": refuse})(9999, False)
+        with pytest.raises(KeyboardInterrupt):
+            feed(server, HELLO)
+        assert not server.output and not server.opened
+        assert feed(server, frame(1, b"x")) == ["x"]
+        assert server.output == WELCOME
+
+    FAULTS = {
+        "next_message": lambda self: 1 / 0,
+        "receive": lambda self, data: 1 / 0,
+        "message": lambda conn, payload: 1 / 0}
+
+    @pytest.mark.parametrize("proto", marked("ws", "wss"))
+    @pytest.mark.parametrize("name", FAULTS)
+    def test_a_fault_on_an_open_connection_is_1011(self, make_world, logged,
+                                                   name, proto):
+        tls = contexts() if proto == "wss" else (None, None)
+        world = make_world(framing="ws", tls=tls[0])
+        peer = Peer(world, tls[1], web=True)
+        conid = world.events[0].conid
+        framing = world.ops._table.get(conid).messages.framing
+        setattr(getattr(framing, "inner", framing), name,
+                types.MethodType(self.FAULTS[name], framing)
+                if name != "message" else self.FAULTS[name])
+        peer.sock.sendall(peer.seal(frame(1, b"x")))
+        assert peer.receive(4) == b"\x88\x02\x03\xf3"
+        event = world.end(conid)
+        assert event.reason == "protocol" and "ZeroDivision" in event.detail
+        assert len(logged) == 1
+
+    @needs_tls
+    @pytest.mark.parametrize("together", [False, True])
+    def test_a_close_frame_and_a_broken_record(self, make_world, together):
+        """The first terminal cause was the close frame."""
+        server, client = contexts()
+        world = make_world(framing="ws", tls=server)
+        peer = Peer(world, client, web=True)
+        conid = world.events[0].conid
+        data = peer.seal(frame(8, b"\x03\xe8bye"))
+        rest = b"\x17\x03\x03\x00\x20" + bytes(32)
+        if together:
+            peer.sock.sendall(data + rest)
+        else:
+            peer.sock.sendall(data)
+            peer.sock.sendall(rest)
+        event = world.end(conid)
+        assert (event.reason, event.detail) == ("eof", "close frame 1000 bye")
 
 
 class TestMessageTimeout:

@@ -18587,11 +18587,14 @@ class TestReadme:
         rows = re.findall(r"─ (\w+) +(tcp:\w+)$", blocks("text")[1], re.M)
         assert len(rows) == 14 and dict(rows) == tcpops.REASONS
 
-    def test_the_life_of_a_connection(self):
+    @pytest.mark.parametrize("text", [README, EXAMPLES],
+                             ids=["README.md", "examples/README.md"])
+    def test_the_life_of_a_connection(self, text):
         """The list has each step of LIFE; the picture has each phase, in an
         order in which each step goes to the right or down.
         """
-        picture, _, steps = blocks("text")[2].partition("\n\n")
+        life, = (block for block in blocks("text", text) if "new ─" in block)
+        picture, _, steps = life.partition("\n\n")
         assert re.findall(r"(\w+) +-> (.*)", steps) == [
             (row.name, ", ".join(row.next))
             for row in tcpops.LIFE.values() if row.next]
@@ -18643,9 +18646,10 @@ class TestReadme:
 class TestExamples:
     @pytest.mark.parametrize("name", marked(*sorted(
         {path.stem for path in (HERE / "examples").glob("*.py")}
-        - {"bench", "conformance", "cut", "deaths", "facts", "hostile",
-           "kernel", "lanes", "lanes_peer", "serve", "slow", "storm",
-           "storm_model", "storm_peers", "twins", "vanish"})))
+        - {"bench", "conformance", "cut", "deaths", "exercises",
+           "exercises_checks", "facts", "hostile", "kernel", "lanes",
+           "lanes_peer", "serve", "slow", "solutions", "storm", "storm_model",
+           "storm_peers", "twins", "vanish"})))
     def test_an_example_prints_what_it_says(self, name, tmp_path):
         if name == "vanished_peer":
             needs_vanishing_peers()
@@ -19261,6 +19265,462 @@ class TestDeathsSlowExamples:
         status, line = refused("--fast", program="examples/states.py")
         assert (status, line) == (
             2, "states.py: unrecognized arguments: --fast")
+
+
+EXERCISES = [sys.executable, "-W", "error",
+             str(HERE / "examples" / "exercises.py")]
+SOLUTIONS = str(HERE / "examples" / "solutions.py")
+#: The number of each exercise, marked with what its check needs.
+NUMBERS = [pytest.param(number, marks=marks) for number, marks in enumerate((
+    [], [], [], [real_time], [needs_ws], [], [real_time], [], [],
+    [real_time, needs_sip]), 1)]
+
+
+def exercise(*words, timeout=60, program=EXERCISES):
+    """Run examples/exercises.py; return (status, what it prints)."""
+    done = subprocess.run([*program, *map(str, words)], capture_output=True,
+                          text=True, timeout=timeout,
+                          cwd=tempfile.gettempdir())
+    if "exercise 4 cannot be checked" in done.stderr:
+        pytest.skip(done.stderr)  # no peer can vanish here
+    assert done.stderr == ""
+    return done.returncode, done.stdout
+
+
+task_of = functools.lru_cache(None)(exercise)
+
+
+def judged(number, answer, folder, *words):
+    """Have an answer checked; return the words for what happened."""
+    path = folder / "answer.py"
+    path.write_text(answer, encoding="utf-8")
+    status, told = exercise(number, path, *words)
+    assert status == 1 and "Traceback" not in told, told
+    assert max(map(len, told.split("\n"))) <= 79
+    return " ".join(told.split())
+
+
+#: Wrong answers: the exercise, the words for what happens, the answer.
+WRONG_ANSWERS = [
+    (1, r"lifetimes\(ops, 40, 7\): a client .* closed after", """
+def lifetimes(ops, silent, known):
+    ops.connection_lifetime = 5
+    ops.request_route(lambda msg: ops.tcp_set_connection_lifetime(60))
+"""),
+    (1, "said nothing, after others had spoken was closed after 60 s; 5 s", """
+def lifetimes(ops, silent, known):
+    ops.connection_lifetime = silent
+
+    @ops.request_route
+    def on_message(msg):
+        ops.connection_lifetime = known
+        ops.tcp_set_connection_lifetime(known)
+"""),
+    (2, "pauses for 8 s was closed after 4 s; it may stay", """
+def bound(ops, seconds):
+    ops.connection_lifetime = ops.message_timeout = seconds
+"""),
+    (2, "one byte a second was closed after 4 s; 9 s is right", """
+def bound(ops, seconds):
+    ops.message_timeout = 4
+"""),
+    (3, "raised ConnectionResetError: .* line 19 of answer.py: while data", """
+import socket
+
+class Server:
+    def __init__(self, sock):
+        self.sock, self.reset = sock, False
+
+    def alive(self):
+        try:
+            self.sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            pass
+        except ConnectionResetError:
+            self.reset = True
+        return not self.reset
+
+    def serve(self):
+        received = b""
+        while data := self.sock.recv(4096):
+            received += data
+        return received, "reset" if self.reset else "eof"
+"""),
+    (3, "your server was told 'eof'; the peer had sent RST", """
+class Server:
+    def __init__(self, sock):
+        self.sock = sock
+
+    def alive(self):
+        return True
+
+    def serve(self):
+        return self.sock.recv(1000000), "eof"
+"""),
+    (4, "for the peer that sent FIN: 1; 0 is right", """
+def watch(ops, limit, gone):
+    @ops.event_route("tcp:opened")
+    def on_open(event):
+        ops.tcp_keepalive_enable(event.conid, 1, 1, 1)
+
+    @ops.event_route("tcp:closed")
+    def on_end(event):
+        gone(event.conid)
+"""),
+    (4, "for the peer that vanished while idle: 0; 1 is right", """
+def watch(ops, limit, gone):
+    @ops.event_route("tcp:opened")
+    def on_open(event):
+        ops.tcp_keepalive_enable(event.conid, limit, 3, 1)
+
+    @ops.event_route("tcp:timeout")
+    def on_end(event):
+        gone(event.conid)
+"""),
+    (4, r"Keepalive\(idle=1, count=1, interval=99\) takes 100 s", """
+def watch(ops, limit, gone):
+    @ops.event_route("tcp:opened")
+    def on_open(event):
+        ops.tcp_keepalive_enable(event.conid, 1, 1, 1 if limit < 5 else 99)
+
+    @ops.event_route("tcp:timeout")
+    def on_end(event):
+        gone(event.conid)
+"""),
+    (5, "asks for /chat/tea..pot: .*101 .*403 is right", """
+import tcpops
+
+def rooms(names):
+    class Rooms(tcpops.WebSocketFraming):
+        def refuse(self, path, headers):
+            if not any(path.startswith(f"/chat/{name}") for name in names):
+                return f"{path}?"
+    return Rooms
+"""),
+    (5, "the check cannot use the answer: ValueError: framing must be", """
+def rooms(names):
+    return None
+"""),
+    (6, "a length of 1,001 comes.* still open", """
+import tcpops
+
+class Prefixed(tcpops.Framing):
+    def next_message(self):
+        end = 4 + int.from_bytes(self.buffer[:4], "big")
+        if len(self.buffer) < max(4, end):
+            return None
+        payload = bytes(self.buffer[4:end])
+        del self.buffer[:end]
+        return payload
+
+    def encode(self, payload):
+        return len(payload).to_bytes(4, "big") + payload
+"""),
+    (6, "raised error: unpack .* line 6 of answer.py: length, =", """
+import struct, tcpops
+
+class Prefixed(tcpops.Framing):
+    def next_message(self):
+        length, = struct.unpack("!I", self.buffer[:4])
+"""),
+    (7, r"the peer got [\d,]+ of [\d,]+ bytes, then RST", """
+import socket
+
+def answer_and_close(sock, data, seconds):
+    sock.sendall(data)
+    sock.shutdown(socket.SHUT_WR)
+    sock.close()
+    return True
+"""),
+    (7,
+     "keeps sending, .* never closes; seconds is 1: it returned after [2-9]", """
+import socket
+
+def answer_and_close(sock, data, seconds):
+    sock.settimeout(seconds)
+    with sock:
+        try:
+            sock.sendall(data)
+            sock.shutdown(socket.SHUT_WR)
+            while sock.recv(65536):
+                pass
+            return True
+        except OSError:
+            return False
+"""),
+    (8, "no connection has come to the target", """
+def forwarder(ops, host, port):
+    ops.request_route(lambda msg: ops.forward(f"{host}:{port}", msg.data))
+"""),
+    (8, "bytes some [0-9,]+ have arrived, and then others: the stream has a", """
+def forwarder(ops, host, port):
+    other = {}
+
+    @ops.event_route("tcp:opened")
+    def on_open(event):
+        if event.origin == "accept":
+            conid = ops.connect(host, port)
+            other[event.conid], other[conid] = conid, event.conid
+
+    ops.request_route(lambda msg: ops.send(other[msg.conid], msg.data))
+    ops.event_route("tcp:closed")(
+        lambda event: ops.tcp_close_connection(other[event.conid]))
+"""),
+    (9, r"a client that .* got line \d+; line \d+, or", """
+def feed(ops):
+    conids, lost = set(), [0]
+    ops.event_route("tcp:opened")(lambda event: conids.add(event.conid))
+    ops.event_route("tcp:closed")(lambda event: conids.remove(event.conid))
+
+    def publish(line):
+        for conid in conids:
+            if lost[0] and ops.send(conid, b"lost %d" % lost[0]):
+                lost[0] = 0
+            if not ops.send(conid, line):
+                lost[0] += 1
+    return publish
+"""),
+    (9, "a client that does not read got all lines: they were held for it", """
+def feed(ops):
+    ops.max_write_buffer = 1 << 30
+    conids = set()
+    ops.event_route("tcp:opened")(lambda event: conids.add(event.conid))
+    ops.event_route("tcp:closed")(lambda event: conids.remove(event.conid))
+    return lambda line: [ops.send(conid, line) for conid in conids]
+"""),
+    (10, "(twice|another conid): your scenario returned True; False", """
+def scenario(lab):
+    client, asker = lab.client(), lab.client()
+    conid = client.conid
+    return ([asker.ask(f"tcp_{name}", conid=conid) for name in (
+        "close_connection", "conid_state", "close_connection")]
+            == ["1", "-1", "-1"] and "tcp:closed" in lab.told(client))
+""")]
+
+#: Faults in an answer to exercise 1, and words for what happened.
+FAULTY_ANSWERS = {
+    "def lifetimes(ops, silent, known)\n    pass\n":
+        r"SyntaxError: .* line 1 of answer.py: def lifetimes",
+    "def lifetime(*_): pass\n": "it does not define lifetimes",
+    "lifetimes = 3\n": "the check cannot use the answer: TypeError: 'int' obj",
+    "import sys\nsys.exit(0)\n": r"SystemExit: 0 line 2 of answer.py: sys",
+    "import os\nos._exit(0)\n":
+        "has ended the process of the check, with the status 0",
+    "def lifetimes(ops, *_):\n    ops.close()\n":
+        "the check cannot use the answer: RuntimeError",
+    "def lifetimes(ops, *_):\n"
+    "    ops.request_route(lambda msg: {}[msg.data])\n":
+        r"raised KeyError: b'hello' line 2 of answer.py: ops.request_route",
+    "def lifetimes(ops, *_):\n"
+    "    ops.connection_lifetime = 5\n"
+    "    ops.event_route('tcp:opened')(lambda event:\n"
+    "        ops.tcp_set_connection_lifetime('soon'))\n":
+        "tcpops has logged: tcp_set_connection_lifetime: lifetime must be",
+}
+
+
+class TestExercises:
+    """The exercises: what they say, and that right and wrong are told."""
+
+    def test_the_list(self):
+        status, told = task_of()
+        assert status == 0
+        rows = re.findall(r"^ ?(\d+)  (\S.*)$", told, re.M)
+        assert [int(row[0]) for row in rows] == list(range(1, 11))
+        assert told.count("\n") == len({title for _, title in rows}) == 10
+
+    @pytest.mark.parametrize("number", NUMBERS)
+    def test_a_task(self, number):
+        """It is a Python file, and leads to a line of tcpops.py."""
+        status, told = task_of(number)
+        tree = ast.parse(told)
+        title = re.search(rf"^ ?{number}  (.*)$", task_of()[1], re.M)[1]
+        doc = ast.get_docstring(tree)
+        assert status == 0 and max(map(len, told.split("\n"))) <= 79
+        assert doc.startswith(f"Exercise {number}: {title}\n\n")
+        assert f"python examples/exercises.py {number} my_answer.py" in doc
+        name = next(node.name for node in tree.body if hasattr(node, "name"))
+        assert f"{name}(" in doc or f"{name}," in doc or f"A {name} " in doc
+        line, section, words = re.search(
+            r"tcpops.py, line (\d+), section (\d+): (.*)", doc).groups()
+        banners = list(TestShape.BANNER.finditer(
+            "\n".join(SOURCE.split("\n")[:int(line)])))
+        assert words in SOURCE.split("\n")[int(line) - 1]
+        assert banners[-1][1] == section
+
+    @pytest.mark.parametrize("number", NUMBERS)
+    def test_a_solution_is_right(self, number):
+        status, told = exercise(number, SOLUTIONS)
+        assert (status, told.count("\n")) == (0, 1), told
+        worlds = re.fullmatch(
+            rf"Right: exercise {number}, .*, in (\d+) worlds\n", told)[1]
+        assert int(worlds) > 1
+
+    @pytest.mark.parametrize("number, wanted", [
+        pytest.param(number, wanted, marks=param.marks)
+        for (number, wanted), param in zip(enumerate((
+            "sent a message after 2 s was closed after 7 s; 62 s is right",
+            "sends one byte a second was not closed; 4 s is right",
+            r"told 'eof'; the peer had sent RST behind [\d,]+ bytes",
+            "the peer that is silent, but there: 1; 0 is right",
+            r"/chat/coffee\d\d: .*101 Switching Protocols'; 403 is right",
+            "message 1 was b''; b'hello' is right",
+            r"the peer got [\d,]+ of [\d,]+ bytes, then RST",
+            "the target got 50,000 of them, then no FIN",
+            r"got line \d+; line \d+, or the number of lines lost, was",
+            "a system .*: your scenario returned True; False is right"),
+            1), NUMBERS)])
+    def test_a_skeleton_is_wrong(self, number, wanted, tmp_path):
+        """What happened is said, and where to read on."""
+        told = judged(number, task_of(number)[1], tmp_path)
+        assert re.search(wanted, told), told
+        assert told.startswith(f"Wrong: exercise {number}, ")
+        assert re.search(r" To read: tcpops.py, line \d+, section \d+: ", told)
+
+    @pytest.mark.parametrize("number, wanted, answer", [
+        pytest.param(number, *row, marks=NUMBERS[number - 1].marks)
+        for number, *row in WRONG_ANSWERS])
+    def test_a_wrong_answer(self, number, wanted, answer, tmp_path):
+        told = judged(number, answer, tmp_path)
+        assert re.search(wanted, told), told
+
+    @pytest.mark.parametrize("answer", FAULTY_ANSWERS)
+    def test_a_fault_in_an_answer(self, answer, tmp_path):
+        """It is said in words, and no traceback of ours."""
+        told = judged(1, answer, tmp_path)
+        assert re.search(FAULTY_ANSWERS[answer], told), told
+
+    @real_time
+    @pytest.mark.parametrize("before, wanted", [
+        ("", "no end to it within 1 s line 6 of answer.py: while True"),
+        ("signal.signal(signal.SIGALRM, signal.SIG_IGN)",
+         "no end to it within 4 s To read")])
+    def test_an_answer_that_hangs(self, before, wanted, tmp_path):
+        """It is stopped, even if it heeds no signal; what it has printed is
+        seen.
+        """
+        pid, told = judged(
+            1, "import os, signal\n\ndef lifetimes(*_):\n"
+            f"    {before}\n    print(os.getpid(), flush=True)\n"
+            "    while True: pass\n", tmp_path, "--limit", 1).split(" ", 1)
+        assert wanted in told
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(pid), 0)
+
+    def test_what_an_answer_starts_ends_with_it(self, tmp_path):
+        told = judged(1, "import threading\nprint('hello')\n"
+                      "threading.Thread(target=threading.Event().wait)"
+                      ".start()\n", tmp_path)
+        assert told.startswith("hello Wrong: exercise 1, ")
+
+    @pytest.mark.parametrize("words, said", [
+        (["0"], "invalid choice: 0"), (["11"], "invalid choice: 11"),
+        (["x"], "invalid int value: 'x'"), (["1", "a", "b"], "unrecognized"),
+        (["1", "/nowhere/answer.py"], "cannot be checked: [Errno 2]"),
+        (["1", "/"], "cannot be checked: [Errno 21]"),
+        (["1", SOLUTIONS, "--limit", "0"], "--limit must be 1 or more")])
+    def test_wrong_words(self, words, said):
+        status, line = refused(*words, program="examples/exercises.py")
+        assert status == 2
+        assert line.startswith("exercises.py: ") and said in line
+
+    def test_without_a_section(self, tmp_path):
+        """An exercise about it cannot be checked; others can."""
+        (tmp_path / "tcpops.py").write_text(cut("ws", "sip"),
+                                            encoding="utf-8")
+        shutil.copytree(HERE / "examples", tmp_path / "examples",
+                        ignore=shutil.ignore_patterns("__pycache__"))
+        program = tmp_path / "examples" / "exercises.py"
+        for number in (5, 10):
+            done = subprocess.run(
+                [sys.executable, str(program), str(number), SOLUTIONS],
+                capture_output=True, text=True, timeout=30)
+            assert (done.returncode, done.stdout) == (2, "")
+            assert f"exercise {number} cannot be checked" in done.stderr
+            assert done.stderr.count("\n") == 1
+        assert "is not in this tcpops.py" in exercise(
+            5, program=[sys.executable, str(program)])[1]
+        status, told = exercise(3, SOLUTIONS,
+                                program=[sys.executable, str(program)])
+        assert status == 0, told
+
+    def test_interrupted(self, tmp_path):
+        path = tmp_path / "answer.py"
+        path.write_text("import os\nprint(os.getpid(), flush=True)\n"
+                        "while True: pass\n")
+        with subprocess.Popen([*EXERCISES, "1", path], text=True,
+                              stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE) as process:
+            pid = int(process.stdout.readline())
+            process.send_signal(signal.SIGINT)
+            told = process.communicate(timeout=20)
+        assert (*told, process.returncode) == ("", "", 130)
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+    def test_a_reader_that_goes(self):
+        done = subprocess.run(
+            ["sh", "-c", '"$0" "$@" | true', *EXERCISES, "3"],
+            capture_output=True, text=True, timeout=30)
+        assert (done.stderr, done.stdout) == ("", "")
+
+
+class TestExercisesCourse:
+    """The course of 90 minutes in examples/README.md."""
+
+    TEXT = EXAMPLES.partition("## A course")[2].partition("## The operator")[0]
+    ROWS = [line.strip("| ").split(" | ") for line in TEXT.split("\n")
+            if re.match(r"\| \d", line)]
+    TITLES = {int(number): title for number, title
+              in TestShape.BANNER.findall(SOURCE)}
+
+    def test_the_minutes(self):
+        """One part follows the other, to the end, and each has an answer."""
+        spans = [tuple(map(int, re.findall(r"\d+", row[0])))
+                 for row in self.ROWS]
+        assert [spans[0][0], *(end for _, end in spans)] == [
+            *(start for start, _ in spans), 90]
+        answers = self.TEXT.partition("For homework")[0]
+        assert re.findall(r"^(\d+)\. ", answers, re.M) == [
+            str(number) for number, _ in enumerate(self.ROWS, 1)]
+
+    def test_the_examples_and_the_sections(self):
+        for _, run, section, question in self.ROWS:
+            number, title = section.split(", ", 1)
+            assert self.TITLES.get(int(number)) == title
+            assert question.endswith("?")
+            for name in re.findall(r"`(\w+\.py)", run):
+                assert (HERE / "examples" / name).exists(), name
+
+    @needs_sip
+    @needs_ws
+    @needs_tls
+    def test_the_sections_to_read(self):
+        path = self.TEXT.partition("## Reading the file")[2]
+        numbers = map(int, re.findall(r"\b\d+(?!\. |\d)", path))
+        assert [self.TITLES.get(number) for number in numbers] == [
+            "The words of the specification", "The life of a connection",
+            "Keepalive", "Probing a socket", "A connection", "The reactor",
+            "Deadlines", "Messages and framings", "SIP over a stream",
+            "WebSocket", "TLS", "The functions of the specification",
+            "TcpOps"]
+
+    def test_the_columns_of_life(self):
+        life = self.TEXT.partition("The list is `tcpops.LIFE`")[2]
+        sends, reads = (re.findall(r"`(\w+)`", part) for part in re.search(
+            r"takes payloads in(.*?)\.(.*?)\.", life, re.S).groups())
+        assert sends == [row.name for row in tcpops.LIFE.values() if row.sends]
+        assert sorted(reads) == sorted(
+            row.name for row in tcpops.LIFE.values() if row.reads)
+
+    def test_a_wrong_answer_looks_like_that(self, tmp_path):
+        """But for the numbers."""
+        shown, = blocks("console", self.TEXT)
+        path = tmp_path / "my_answer.py"
+        path.write_text(task_of(3)[1], encoding="utf-8")
+        told = exercise(3, path)[1]
+        assert re.sub(r"[\d,]+", "N", shown.partition("\n")[2]) == re.sub(
+            r"[\d,]+", "N", told)
 
 
 CONFORMANCE = [sys.executable, "-W", "error",

@@ -1411,7 +1411,7 @@ class WebSocketFraming(Framing):
         opened = take(head, pairs, headers)
         if opened is None:
             return None
-        del self.buffer[:len(head)]  # now: a signal may cut refuse() off
+        del self.buffer[:len(head)]  # only now: a signal may cut refuse() off
         self.opened = opened
         return SKIPPED
 

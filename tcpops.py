@@ -798,14 +798,9 @@ class Message:
     Ri = property(lambda self: self._conn.local[0])
     Rp = property(lambda self: self._conn.local[1])
 
-    @property
-    def is_reply(self):
-        """Whether onreply_route, if there is one, gets this message.
-
-        Here, on a connection that we opened; SIP has a Message that knows.
-        """
-        return self._conn.plan.origin == "connect"
-
+    #: Whether onreply_route, if there is one, gets this message: here, on a
+    #: connection that we opened; SIP has a Message that knows.
+    is_reply = property(lambda self: self._conn.plan.origin == "connect")
     payload = property(
         lambda self: self.data if self.text is None else self.text,
         doc="The text if there is one, else the data: reply(payload) echoes.")
@@ -857,7 +852,8 @@ class Framing:
     awaits_pong = False  #: True after a ping; set it to False at the pong
 
     def __init__(self, max_message, client, **pings):
-        vars(self).update(pings)  # by functools.partial, for example
+        for name, value in pings.items():  # functools.partial's, for example
+            setattr(self, name, value)
         self.max_message = max_message  #: bytes; refuse a longer message
         self.client = client            #: True on a connection that we opened
         self.buffer = bytearray()  #: bytes received and not yet returned
@@ -952,10 +948,11 @@ def _parse_head(head, errors="replace"):
     and a name that is not ASCII (in lower case U+212A would be "k").
     """
     lines = _FOLD.sub(b" ", head).decode("utf-8", errors).split("\r\n")
+    plain = head.isascii()
     fields = (line.partition(":") for line in lines[1:])
     return lines[0], [(name.strip(" \t").lower(), value.strip(" \t"))
                       for name, colon, value in fields
-                      if colon and name.isascii()]
+                      if colon and (plain or name.isascii())]
 
 
 def _check_printable(buffer, protocol):
@@ -987,7 +984,7 @@ _COMPACT = {
     "v": "via", "x": "session-expires", "y": "identity",
 }
 _STATUS_LINE = re.compile(r"([^ \t]*)[ \t]*([^ \t]*)(.*)")
-_REQUEST_LINE = re.compile(r"([^ \t]*)((?:.*(?=[ \t]SIP/))?)(.*)", re.I)
+_REQUEST_LINE = re.compile(r"([^ \t]*)(?:(.*)[ \t][Ss][Ii][Pp]/)?")
 
 
 class SipMessage(TextMessage):
@@ -1001,10 +998,10 @@ class SipMessage(TextMessage):
             head, _, body = self.data.partition(b"\r\n\r\n")
             start, fields = _parse_head(head)
             line = _STATUS_LINE if self.is_reply else _REQUEST_LINE
-            start = [part.strip(" \t") for part in line.match(start).groups()]
+            parts = line.match(start).groups("")
             fields = [(_COMPACT.get(name, name), value)
                       for name, value in fields]
-            self._head = start, fields, body
+            self._head = [it.strip(" \t") for it in parts], fields, body
         return self._head
 
     is_reply = property(lambda self: self.data[:4].upper() == b"SIP/",
@@ -1044,7 +1041,7 @@ _LENGTHS = re.compile(
     rb"\r\n(?:content-length|l)(?:[ \t]|\r\n[ \t])*:((?:[^\r\n]|\r\n[ \t])*)",
     re.IGNORECASE)
 _BARE = re.compile(rb"\r(?!\n)|(?<!\r)\n")
-_CRLFS = re.compile(rb"(?:\r\n)*")
+_CRLFS = re.compile(rb"(?:\r\n)+")
 #: A first line that names SIP, and is not folded.
 _START = re.compile(rb"(?![^\r\n]*\r\n[ \t])(?:[!-~][^\r\n]*[ \t])?SIP/",
                     re.IGNORECASE)
@@ -1058,7 +1055,7 @@ def _content_length(head):
         raise ProtocolError("a bare CR or LF: lines end with CR LF")
     values = {_FOLD.sub(b" ", value).strip(b" \t")
               for value in _LENGTHS.findall(head)}
-    if any(not re.fullmatch(rb"[0-9]+", value) for value in values):
+    if not all(map(bytes.isdigit, values)):  # of ASCII
         raise ProtocolError("Content-Length is no number")
     # 20 digits are more than any max_message.
     lengths = {int(value.lstrip(b"0")[:20] or b"0") for value in values}
@@ -1096,13 +1093,13 @@ class SipFraming(Framing):
     def _find_length(self):
         """Return the length of the next message, 0 if not known yet."""
         buffer = self.buffer
-        crlfs = _CRLFS.match(buffer).end() // 2
+        crlfs = _CRLFS.match(buffer)
         if crlfs:
-            self._half += crlfs
+            self._half += crlfs.end() // 2
             self.awaits_pong = self.awaits_pong and self._half < 0
             self.output += b"\r\n" * (self._half // 2)
             self._half = min(self._half, self._half % 2)
-            del buffer[:2 * crlfs]
+            del buffer[:crlfs.end()]
             self._searched = 0
         _check_printable(buffer, "SIP")
         end = buffer.find(b"\r\n\r\n", self._searched)
@@ -1124,7 +1121,8 @@ class SipFraming(Framing):
 
         Bytes beyond a Content-Length are no part of it (RFC 3261, 18.3).
         """
-        message = data[_CRLFS.match(data).end():]
+        crlfs = _CRLFS.match(data)
+        message = data[crlfs.end():] if crlfs else data
         if not message:
             if data == b"\r\n":
                 websocket.awaits_pong = False
@@ -1139,13 +1137,14 @@ class SipFraming(Framing):
 
     def encode(self, payload):
         """Return payload, with a Content-Length if a message has none."""
-        head, end, body = payload.partition(b"\r\n\r\n")
-        if not head:
+        end = payload.find(b"\r\n\r\n")
+        if end == 0:
             self._half -= payload.count(b"\r\n\r\n")
-        elif (end and b"\r\nContent-Length:" not in head
-              and _START.match(head) and not _LENGTHS.search(head)):
-            return b"%b\r\nContent-Length: %d%b%b" % (
-                head, len(body), end, body)
+        elif (end > 0 and payload.find(b"\r\nContent-Length:", 0, end) < 0
+              and _START.match(payload)
+              and not _LENGTHS.search(payload, 0, end)):
+            return b"%b\r\nContent-Length: %d%b" % (
+                payload[:end], len(payload) - end - 4, payload[end:])
         return payload
 
     def ping(self):
@@ -2899,8 +2898,8 @@ class Plan:
             raise TypeError(f"{self.name} must return a Framing,"
                             f" not {reprlib.repr(inner)}")
         for name in _PINGS if inner.ping_interval != NEVER else ():
-            vars(inner)[name] = _number(
-                getattr(inner, name), name, 0.001, _MAX_SECONDS)
+            setattr(inner, name, _number(getattr(inner, name), name, 0.001,
+                                         _MAX_SECONDS))
         if self.context is None:
             return inner
         return _LAYERS["tls"](self.context, self.server_hostname, inner)
@@ -2977,7 +2976,7 @@ def _socket_for(addresses, table):
 
 
 def _start_timing(part, timeout):
-    """Fire after timeout seconds, unless this part is done by then."""
+    """Have a part's deadline fire after timeout seconds of our looking."""
     reactor = part.conn.plan.reactor
     part.deadline = reactor.excuse() + timeout - reactor.lag
     reactor.arm(part.conn, part.deadline + reactor.lag)
@@ -3348,7 +3347,7 @@ class Connection:
         if self.phase is _READING_REST:
             return  # its socket has died in the handshake
         self.enter(_OPEN)
-        self.listen()
+        self.begin_silence()
         if self.failed or messages is not None and messages.framing.mute:
             return  # the end has come with the handshake
         self.opening = None
@@ -3464,7 +3463,7 @@ class Connection:
         if self.phase in DEADLINES["lifetime"].phases:
             reactor.arm(self, self.renewed + self.lifetime)
 
-    def listen(self):
+    def begin_silence(self):
         """Begin the lifetime, and the peer's silence: from here on we read."""
         self.renew()
         messages = self.messages
@@ -3483,7 +3482,7 @@ class Connection:
             events |= _READ
         if events & _READ & ~self.events:  # until now the silence was ours
             if phase is _OPEN:
-                self.listen()
+                self.begin_silence()
             reactor = self.plan.reactor
             for part in (self.opening, self.messages):
                 if part is not None:

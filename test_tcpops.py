@@ -4845,7 +4845,8 @@ class TestSipRules:
         (2, [b"\r\n", b"\r\n"], 0), (2, [b"\r\n" * 4], 1),
         (1, [b"\r\n" * 3], 1), (3, [b"\r\n" * 2, b"\r\n\r\n"], 0),
         (1, [b"\r\n", RINGING, b"\r\n\r\n"], 1),
-        (1, [RINGING, b"\r\n", b"\r\n", b"\r\n"], 1)])
+        (1, [RINGING, b"\r\n", b"\r\n", b"\r\n"], 1),
+        (1, [RINGING, b"\r\n\r\n"], 0)])
     def test_pongs_are_no_pings(self, client, pings, chunks, pongs):
         """As many CR LFs as pings were sent are the answers to them."""
         framing = tcpops.SipFraming(1000, client)
@@ -4853,6 +4854,17 @@ class TestSipRules:
             assert framing.encode(b"\r\n\r\n") == b"\r\n\r\n"
         feed(framing, *chunks)
         assert framing.output == b"\r\n" * pongs
+
+    def test_each_ping_has_its_pong(self):
+        framing = tcpops.SipFraming(1000, True)
+        framing.encode(b"\r\n\r\n")  # of the program's
+        framing.awaits_pong = True
+        framing.ping()
+        for chunk, awaits in ((RINGING, True), (b"\r\n", True),
+                              (b"\r\n", False)):
+            feed(framing, chunk)
+            assert framing.awaits_pong is awaits
+        assert framing.output == b"\r\n\r\n"  # the ping alone
 
     def test_two_pings_of_a_client(self, make_world):
         world = make_world(framing="sip")
@@ -11970,10 +11982,10 @@ listen between
 class TestPings:
     """The deadlines "ping" and "pong" of a framing with a ping_interval."""
 
-    SIP = functools.partial(tcpops.SipFraming, ping_interval=30) if hasattr(
-        tcpops, "SipFraming") else None
-    WS = functools.partial(tcpops.WebSocketFraming, ping_interval=30) if (
-        hasattr(tcpops, "WebSocketFraming")) else None
+    # A class needs staticmethod: partial is to become a method descriptor.
+    SIP, WS = (staticmethod(functools.partial(
+        tcpops.FRAMINGS.get(name, tcpops.LineFraming), ping_interval=30))
+        for name in ("sip", "ws"))
     PING, PONG = frame(9, mask=b""), frame(10)
 
     @staticmethod
@@ -18771,6 +18783,30 @@ class TestExamples:
         assert answer == {"sip_server": b"SIP/2.0 2", "tls_echo": b"GET / HTT",
                           "echo": b"GET / HTT",
                           "ws_chat": b"HTTP/1.1 "}[name]
+
+    @needs_sip
+    def test_what_sip_server_answers(self):
+        """One To tag, and no line for a header that a request has not."""
+        def ask(text):
+            sock.sendall(sip(text))
+            return sock.recv(1000).decode().split("\r\n")
+        with serving("sip_server") as address, socket.create_connection(
+                address, 5) as sock:
+            for to in ("<sip:x>;tag=7", "sip:x;TAG=7", '"a" <sip:x>; tag = 7',
+                       "<sip:x;tag=1>;tag=7"):
+                answer = ask(f"OPTIONS sip:x SIP/2.0\nt: {to}\nFrom: <sip:y>")
+                assert f"To: {to}" in answer and "From: <sip:y>" in answer
+            for to in ("sip:x", "<sip:x>", "<sip:x;tag=1>",
+                       '"a;tag=1" <sip:x>'):
+                answer = ask(f"OPTIONS sip:x SIP/2.0\nTo: {to}\nVia: a\nv: b")
+                assert re.fullmatch(f"To: {re.escape(to)};tag=tcpops-[0-9]+",
+                                    answer[3])
+                assert answer[1:3] == ["Via: a", "Via: b"]
+            for method in ("OPTIONS", "REGISTER", "BYE"):
+                answer = ask(f"{method} sip:x SIP/2.0\nSubject: y")
+                assert "None" not in str(answer) and {
+                    line.partition(":")[0] for line in answer[1:]} <= {
+                        "Allow", "Expires", "Content-Length", ""}
 
     @needs("sipp")
     @pytest.mark.parametrize("transport", ["t1", "tn"],

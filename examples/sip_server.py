@@ -68,7 +68,8 @@ def user_of(uri):
 def on_request(msg):
     user = user_of(msg.uri)
     if msg.method == "REGISTER":
-        users[user_of(msg.header("To"))] = msg.conid
+        if user_of(msg.header("To")):
+            users[user_of(msg.header("To"))] = msg.conid
         # Example 1.6: raise the lifetime of who has registered.
         ops.tcp_set_connection_lifetime("3605")
         answer(msg, "200 OK", *lines_of(msg, "Contact"), "Expires: 3600")
@@ -99,7 +100,7 @@ def relay(msg, conid):
                        msg.header("Via") or "")
     start, _, rest = msg.data.partition(b"\r\n")
     via = (f"Via: SIP/2.0/TCP {listener.Ri}:{listener.Rp}"
-           f";branch=z9hG4bKconid{msg.conid}-{branch and branch[1]}")
+           f";branch=z9hG4bKconid{msg.conid}-{branch[1] if branch else ''}")
     data = b"%s\r\n%s\r\n%s" % (start, via.encode(), rest)
     sent = (ops.send(conid, data) if conid else ops.forward(msg.uri, data))
     if not sent and msg.method != "ACK":

@@ -103,6 +103,7 @@ __all__ = [
 log = logging.getLogger("tcpops")
 
 NEVER = math.inf  #: no deadline, or no limit
+_LINUX = sys.platform.startswith("linux")
 
 # ---------------------------------------------------------------------------
 # 2. The words of the specification
@@ -209,8 +210,7 @@ class Cause(NamedTuple):
     @classmethod
     def of_errno(cls, number, connecting=False):
         """Translate the error of a socket."""
-        reasons = _REASONS_OF_ERRNO.get(number, ("error", "error"))
-        reason = reasons[0 if connecting else 1]
+        reason = _REASONS_OF_ERRNO.get(number, ("error",) * 2)[not connecting]
         # An "eof" looks like that of a FIN which recv() has shown.
         return (cls.of(reason) if reason == "eof"
                 else cls(reason, number, os.strerror(number)))
@@ -587,8 +587,7 @@ def set_keepalive(sock, keepalive):
               for _, _, option in options]
     new = [*zip(options, keepalive or (), (32767, 127, 32767))]
     # Linux' limits, asked first: a default over them could not be set back.
-    wrong = sys.platform.startswith("linux") and next(
-        (it for it in new if not 1 <= it[1] <= it[2]), None)
+    wrong = _LINUX and next((it for it in new if not 1 <= it[1] <= it[2]), 0)
     for (setting, name, option), value, _ in [wrong] if wrong else new:
         try:
             sock.setsockopt(socket.IPPROTO_TCP, option, value)
@@ -622,7 +621,7 @@ _TCP_ENDED = (6, 7, 8, 9, 11)
 
 def tcp_info(sock):
     """Return the TcpInfo of a socket, None where there is none."""
-    if not sys.platform.startswith("linux"):
+    if not _LINUX:
         return None  # TCP_INFO has other fields on BSDs
     raw = _ask(sock.getsockopt, socket.IPPROTO_TCP,
                getattr(socket, "TCP_INFO", -1), _TCP_INFO.size)
@@ -656,8 +655,7 @@ def is_dead(info, limit, suspected):
 #   the kernel has only noted while it goes on trying: the connection is alive
 #   unless the error has closed it.  getpeername() says ENOTCONN then.
 # - A socket that is still connecting looks quiet (EAGAIN), like a good one.
-# - recv() on a listener, and on a socket never connected, says ENOTCONN;
-#   elsewhere also while connecting.
+# - recv() on a listener, and on a socket never connected, says ENOTCONN.
 
 _recv = socket.socket.recv  # an SSLSocket's own refuses flags
 #: The socket, or a duplicate of it, may be a blocking one.  0: there is none.
@@ -678,7 +676,7 @@ def _tcp_state(sock):
 
 
 def _of_unconnected(sock):
-    """Return the State of a socket of which recv() says ENOTCONN."""
+    """Return the State behind ENOTCONN; Windows says it connecting, too."""
     tcp, own = _tcp_state(sock), _ask(sock.getsockname)
     if tcp == _TCP_CLOSE or not own or not own[1]:
         return State.BAD
@@ -689,11 +687,6 @@ def _of_unconnected(sock):
     return State.ACCEPT if listens else State.CONNECT
 
 
-def _goes_on(sock):
-    """Say whether Linux keeps a connection in spite of the error it has."""
-    return sys.platform.startswith("linux") and bool(_ask(sock.getpeername))
-
-
 def _look(sock):
     """Return (State, errno or None, bytes waiting) of a connected socket.
 
@@ -702,7 +695,7 @@ def _look(sock):
     soft = None
     try:
         number = sock.getsockopt(_SOL_SOCKET, _SO_ERROR)
-        if number and _goes_on(sock):
+        if number and _LINUX and _ask(sock.getpeername):
             soft, number = number, 0
         if not number:
             if not _recv(sock, 1, _PEEK):
@@ -735,7 +728,7 @@ def _reset(sock):
     sock.setsockopt(_SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     with contextlib.suppress(ImportError):
         # connect(AF_UNSPEC) sends it though a duplicate is held elsewhere.
-        if _goes_on(sock):
+        if _LINUX and _ask(sock.getpeername):
             import ctypes
             ctypes.CDLL(None).connect(sock.fileno(), bytes(16), 16)
 
@@ -2287,8 +2280,7 @@ class Handlers:
 _READ, _WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 #: No SIGPIPE, even where a host program has undone Python's choice to ignore
 #: it.  PyPy has no name for Linux' flag.
-_SEND_FLAGS = _DONTWAIT | getattr(
-    socket, "MSG_NOSIGNAL", 0x4000 if sys.platform.startswith("linux") else 0)
+_SEND_FLAGS = _DONTWAIT | getattr(socket, "MSG_NOSIGNAL", 0x4000 * _LINUX)
 #: macOS has an option instead, which Python does not name.
 _NO_SIGPIPE = not hasattr(socket, "MSG_NOSIGNAL") and getattr(
     socket, "SO_NOSIGPIPE", 0x1022 if sys.platform == "darwin" else None)
@@ -2439,7 +2431,6 @@ class Reactor:
         """Select an owner for these events, 0 for none.
 
         Raises OSError: its descriptor is no more, or there is no room for it.
-        One for which select() has none is suspended.
         """
         if owner in self.suspended:
             events = 0
@@ -2450,30 +2441,32 @@ class Reactor:
             elif before and events != before:
                 self._selector.modify(owner.sock, events, owner)
             elif events and not before:
-                number = (owner.sock if isinstance(owner.sock, int)
-                          else owner.sock.fileno())
-                held = self._selector.get_map().get(number)
+                held = self._selector.get_map().get(
+                    getattr(owner.sock, "fileno", lambda: owner.sock)())
                 if held is not None and held.data.sock is not owner.sock:
                     # It was a socket's that was closed behind our back; the
                     # kernel has forgotten that one, the selector has not.
-                    self._lose(self._selector.unregister(number).data, number)
+                    self._lose(held)
                 self._selector.register(owner.sock, events, owner)
             if events and isinstance(self._selector, selectors.SelectSelector):
                 self._select(0)  # one over its 512 makes it fail for all
         except (KeyError, ValueError, OSError) as error:
             number = getattr(_system_error(error), "errno", errno.EBADF)
             owner.events = 0
-            with contextlib.suppress(KeyError, ValueError):
-                self._selector.unregister(owner.sock)  # it is that one
-                number = errno.EMFILE
-                if hasattr(owner, "conid"):  # else the caller can act on it
-                    return self.suspend(owner, "rests: select() is full")
+            if isinstance(error, ValueError):
+                with contextlib.suppress(KeyError, ValueError):
+                    self._selector.unregister(owner.sock)  # it is that one
+                    number = errno.EMFILE
+            if number == errno.EMFILE and hasattr(owner, "conid"):
+                return self.suspend(owner, "rests: select() is full")
             raise OSError(number, os.strerror(number)) from None
 
-    def _lose(self, owner, number):
-        """Let an owner see in work() that its descriptor is no more."""
-        self._empty_waits = 1
-        if not isinstance(owner.sock, int) and owner.sock.fileno() == number:
+    def _lose(self, key):
+        """Forget a descriptor that is no more; its owner sees it in work()."""
+        owner, self._empty_waits = key.data, 1
+        with contextlib.suppress(KeyError):
+            self._selector.unregister(key.fd)
+        if not isinstance(owner.sock, int) and owner.sock.fileno() == key.fd:
             owner.sock.detach()  # the number may be another's by now
         owner.events = 0
         self.later(owner)
@@ -2701,9 +2694,8 @@ class Reactor:
         return handled - self.waker.count
 
     def _select(self, wait):
-        """Return the owners that are ready, as the selector does."""
+        """Return what is ready.  Selectors round up: never early, no spin."""
         try:
-            # Selectors round the time up: never early, never spinning.
             return self._selector.select(wait)
         except OSError as error:  # select() fails for all because of one
             _system_error(error)
@@ -2770,9 +2762,8 @@ class Reactor:
                           " row, and nothing came of it")
 
     def _renew_selector(self):
-        """Take a fresh selector, without those that were closed behind our
-        back: an epoll goes on reporting them as long as a duplicate lives, and
-        select() fails for all.
+        """Take a fresh selector: an epoll goes on reporting a descriptor that
+        was closed as long as a duplicate lives, and select() fails for all.
         """
         old, self._selector = self._selector, selectors.DefaultSelector()
         self._empty_waits = 0
@@ -2782,9 +2773,7 @@ class Reactor:
                 if isinstance(self._selector, selectors.SelectSelector):
                     self._selector.select(0)
             except (OSError, ValueError):
-                if key.fd in self._selector.get_map():
-                    self._selector.unregister(key.fd)
-                self._lose(key.data, key.fd)  # it is closed, too
+                self._lose(key)  # it is closed, too
         if self._outer is not None:
             self._outer.unregister(old.fileno())
             self._outer.register(self._selector.fileno(), _READ)
@@ -3040,21 +3029,20 @@ class Opening:
     def check(self):
         """Act on the result of connect(); return whether there is one."""
         self.probe()
-        sock, number, self.errno = self.conn.sock, self.errno, None
+        conn, number, self.errno = self.conn, self.errno, None
         if number is None:
-            peer = _ask(sock.getpeername)
+            peer = _ask(conn.sock.getpeername)
             if peer is None:
                 return False  # not yet: the event was of the address before
-            self.conn.plan.table.move_peer(self.conn, _peer_key(peer))
-            if peer == _ask(sock.getsockname):
+            conn.plan.table.move_peer(conn, _peer_key(peer))
+            if peer == _ask(conn.sock.getsockname):
                 # Nothing listens, and the kernel took that very port as ours:
                 # TCP connects a socket with itself (RFC 9293, 3.5).
-                _ask(_reset, sock)
+                _ask(_reset, conn.sock)
                 number = errno.ECONNREFUSED
         if number is None or number in _ENDED_SINCE:
-            self.conn.local = _peer_key(
-                _ask(sock.getsockname) or self.conn.local)
-            self.conn.begin()
+            conn.local = _peer_key(_ask(conn.sock.getsockname) or conn.local)
+            conn.begin()
         else:
             self.proceed(number)
         return True
@@ -3233,10 +3221,7 @@ class Lingering:
         try:
             data = conn.sock.recv(_RECV_SIZE, _DONTWAIT)
         except OSError as error:
-            if _system_error(error).errno in _NOT_NOW:
-                return False
-            conn.fail(Cause.of_errno(error.errno))
-            return True
+            return conn.meet(error)
         if not data:
             self.fin = True
             conn.watch()
@@ -3380,10 +3365,7 @@ class Connection:
         try:
             data = self.sock.recv(self.plan.recv_size, _DONTWAIT)
         except OSError as error:
-            if _system_error(error).errno in _NOT_NOW:
-                return done
-            self.fail(Cause.of_errno(error.errno))
-            return True
+            return self.meet(error) or done
         if data:  # the rest is selected again, after the others
             self.receive(data)
         else:
@@ -3526,11 +3508,7 @@ class Connection:
             self.plan.handlers.report()  # that it is open, before its messages
             if self.phase is not _READING_REST:
                 return
-            try:
-                data = self.sock.recv(self.plan.recv_size, _DONTWAIT)
-            except OSError as error:
-                _system_error(error)
-                data = b""
+            data = _ask(self.sock.recv, self.plan.recv_size, _DONTWAIT)
             if data:
                 self.receive(data)
             elif self.seen.reason == "eof":
@@ -3595,7 +3573,7 @@ class Connection:
             try:
                 sent = self.sock.send(data, _SEND_FLAGS)
             except OSError as error:
-                if self._cannot_send(error):
+                if self.meet(error):
                     return False
             else:
                 self.bytes_out += sent
@@ -3618,7 +3596,7 @@ class Connection:
         try:
             sent = self.sock.send(self.queue, _SEND_FLAGS)
         except OSError as error:
-            return self._cannot_send(error)
+            return self.meet(error)
         del self.queue[:sent]
         self.bytes_out += sent
         self.active = plan.reactor.clock()
@@ -3634,17 +3612,6 @@ class Connection:
         self.watch()
         return sent > 0
 
-    def _cannot_send(self, error):
-        """Act on an error of send(); return whether the socket is dead."""
-        number = _system_error(error).errno
-        if number in (errno.EPIPE, errno.EPROTOTYPE, errno.ENOTCONN):
-            # The BSDs and macOS keep the true one, an RST's, in SO_ERROR.
-            number = _ask(self.sock.getsockopt, _SOL_SOCKET,
-                          _SO_ERROR) or number
-        if number not in _NOT_NOW:
-            self.fail(Cause.of_errno(number))
-        return self.failed
-
     def set_keepalive(self, keepalive):
         """Turn keepalive on, or off for None; OSError, and nothing is set."""
         reactor = self.plan.reactor
@@ -3653,6 +3620,17 @@ class Connection:
         self.keepalive_deadline = (NEVER if keepalive is None else
                                    reactor.clock() + keepalive.limit)
         reactor.arm(self, self.keepalive_deadline)
+
+    def meet(self, error):
+        """Act on an error of recv() or send(); return whether it is dead."""
+        number = _system_error(error).errno
+        if number in (errno.EPIPE, errno.EPROTOTYPE, errno.ENOTCONN):
+            # The BSDs and macOS keep the true one, an RST's, in SO_ERROR.
+            number = _ask(self.sock.getsockopt, _SOL_SOCKET,
+                          _SO_ERROR) or number
+        if number not in _NOT_NOW:
+            self.fail(Cause.of_errno(number))
+        return self.failed
 
     def fail(self, cause):
         """Record that the socket is dead; the turn ends the connection."""

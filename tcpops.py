@@ -2486,8 +2486,7 @@ class Reactor:
     def suspend(self, owner, why):
         """Do not select an owner for a while: it would be ready in vain."""
         self.complain(f"conid {owner.conid} {why}")
-        with contextlib.suppress(OSError):  # work() will find it closed
-            self.watch(owner, 0)
+        _ask(self.watch, owner, 0)  # closed: work() will find that
         self.suspended[owner] = None
         self._resume_at = min(self._resume_at, self.clock() + _SUSPENSION)
 
@@ -2954,7 +2953,7 @@ def _socket_for(addresses, table):
     try:
         sock = socket.socket(family, socket.SOCK_STREAM)
     except OSError as error:
-        if error.errno in _FULL and _make_room(table):
+        if _system_error(error).errno in _FULL and _make_room(table):
             return _socket_for(addresses, table)
         if others:
             return _socket_for(others, table)
@@ -2991,8 +2990,7 @@ class Opening:
         table = conn.plan.table
         while number not in _UNDER_WAY:
             if self.addresses:
-                with contextlib.suppress(OSError):  # closed behind our back
-                    reactor.watch(conn, 0)
+                _ask(reactor.watch, conn, 0)  # closed behind our back, maybe
                 reactor.close(conn.sock)  # its descriptor may be the last one
             try:
                 sock, address, self.addresses = _socket_for(
@@ -3473,7 +3471,7 @@ class Connection:
             try:
                 self.plan.reactor.watch(self, events)
             except OSError as error:
-                self.fail(Cause.of_errno(error.errno))
+                self.fail(Cause.of_errno(_system_error(error).errno))
 
     def receive(self, data):
         """Take bytes of the peer's."""
@@ -3927,7 +3925,7 @@ class Listener:
             try:
                 self.plan.reactor.watch(self, _READ)
             except OSError as error:  # closed behind our back, or no room
-                self._give_up(error)
+                self._give_up(_system_error(error))
 
     fault = lambda self, error: None  # it accepts the next peer all the same
 
@@ -4390,7 +4388,8 @@ class TcpOps(SpecFunctions):
             sock = socket.create_server(address, family=family,
                                         backlog=backlog, reuse_port=reuse_port)
         except OSError as error:  # without the library's words
-            raise OSError(error.errno, os.strerror(error.errno)) from None
+            number = _system_error(error.__context__ or error).errno
+            raise OSError(number, os.strerror(number)) from None
         try:
             sock.setblocking(False)
             # Accepted sockets inherit it.

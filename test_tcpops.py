@@ -9775,6 +9775,37 @@ class TestLoop:
             assert ops.send(conid, b"on it goes") is Result.SUCCESS
         world.client()
 
+    @pytest.mark.parametrize("where", [
+        "register", "modify", "unregister", "bind", "socket"])
+    def test_what_a_signal_handler_raises_beside_a_socket(
+            self, world, on_signal, monkeypatch, where):
+        """In the selector, and where sockets are made."""
+        ops, error = world.ops, OSError("mine")
+        sock, conid = world.client()
+        calls = {
+            "register": lambda: world.socks.append(
+                socket.create_connection(("127.0.0.1", world.port))),
+            "modify": lambda: world.fill(conid),
+            "unregister": lambda: ops._reactor.suspend(
+                ops._table.get(world.listener), "rests"),
+            "bind": lambda: ops.listen("127.0.0.1", 0),
+            "socket": lambda: ops.connect("127.0.0.1", world.port)}
+        owner = {"bind": socket.socket, "socket": socket}.get(
+            where, ops._reactor._selector)
+
+        def interrupt(*_, **__):
+            monkeypatch.undo()
+            signal.raise_signal(signal.SIGUSR1)
+        monkeypatch.setattr(owner, where, interrupt, raising=False)
+        on_signal(Alarms(error).method)
+        self.interrupted(ops, error, calls[where])
+        world.settle()
+        assert not world.ends() and ops.tcp_conid_alive(conid)
+        if where != "modify":
+            world.talk(sock)
+        if where != "unregister":
+            world.client()
+
     def test_a_signal_handler_that_raises_right_behind_a_call(
             self, world, on_signal, monkeypatch):
         """As it is with C functions: ours is the frame it interrupts."""

@@ -2428,7 +2428,7 @@ class Reactor:
         self._selector.register(self.waker.sock, _READ, self.waker)
 
     def watch(self, owner, events):
-        """Select an owner for these events, 0 for none.
+        """Select an owner for these events; 0, which always works, for none.
 
         Raises OSError: its descriptor is no more, or there is no room for it.
         """
@@ -2459,7 +2459,8 @@ class Reactor:
                     number = errno.EMFILE
             if number == errno.EMFILE and hasattr(owner, "conid"):
                 return self.suspend(owner, "rests: select() is full")
-            raise OSError(number, os.strerror(number)) from None
+            if events:
+                raise OSError(number, os.strerror(number)) from None
 
     def _lose(self, key):
         """Forget a descriptor that is no more; its owner sees it in work()."""
@@ -2486,7 +2487,7 @@ class Reactor:
     def suspend(self, owner, why):
         """Do not select an owner for a while: it would be ready in vain."""
         self.complain(f"conid {owner.conid} {why}")
-        _ask(self.watch, owner, 0)  # closed: work() will find that
+        self.watch(owner, 0)
         self.suspended[owner] = None
         self._resume_at = min(self._resume_at, self.clock() + _SUSPENSION)
 
@@ -2990,7 +2991,7 @@ class Opening:
         table = conn.plan.table
         while number not in _UNDER_WAY:
             if self.addresses:
-                _ask(reactor.watch, conn, 0)  # closed behind our back, maybe
+                reactor.watch(conn, 0)
                 reactor.close(conn.sock)  # its descriptor may be the last one
             try:
                 sock, address, self.addresses = _socket_for(
@@ -3938,8 +3939,7 @@ class Listener:
             begun = table.begun
             self.ready(0, min(left, _ACCEPTS))
             left = left - (table.begun - begun) if table.begun > begun else 0
-        with contextlib.suppress(OSError):
-            self.plan.reactor.watch(self, 0)
+        self.plan.reactor.watch(self, 0)
         self.plan.table.crowded.pop(self, None)
         self.plan.reactor.close(self.sock)
 
@@ -4048,23 +4048,20 @@ def _script_function(takes, failure=Result.FAILURE, name=None):
     return decorate
 
 
-class SpecFunctions:
-    """The functions of the specification, and of its newer releases.
+#: Keepalive, of which there is one for all that enable the same.
+_same_keepalive = functools.lru_cache(maxsize=1)(Keepalive)
 
-    Each has the specification's name, arguments and return codes.
-    """
+
+class SpecFunctions:
+    """The functions of the specification, and of its newer releases."""
 
     def _known(self, conid):
         """Return the connection of a conid, or None.  Raises ValueError."""
-        if type(conid) is int:
-            return self._table.get(conid)
         if conid is _CURRENT:
             if self._handlers.current is None:
-                raise _ArgumentError("no conid is given, and no message or"
-                                     " event is being handled")
+                raise _ArgumentError("no conid, and no message or event here")
             return self._handlers.current
-        return self._table.get(
-            _number(conid, "conid", -NEVER, NEVER, whole=True))
+        return self._table.get(_number(conid, "conid", -NEVER, NEVER, True))
 
     def _usable(self, conid):
         """Return the live connection of a conid, or raise ValueError."""
@@ -4106,14 +4103,10 @@ class SpecFunctions:
         with data in flight.  All settings are made or, with FAILURE, none.
         """
         conn = self._usable(conid)
-        keepalive = Keepalive(*(
+        conn.set_keepalive(_same_keepalive(*(
             _number(value, name, 1, _MAX_SECONDS, whole=True)
             for name, value in zip(Keepalive._fields,
-                                   (idle, count, interval))))
-        if keepalive == self._last_keepalive:
-            keepalive = self._last_keepalive  # one object for all alike
-        conn.set_keepalive(keepalive)
-        self._last_keepalive = keepalive
+                                   (idle, count, interval)))))
         return Result.SUCCESS
 
     @_script_function("[conid]")
@@ -4140,10 +4133,8 @@ class SpecFunctions:
 
         Without a conid FAILURE unless closed_event is 2, as in the original.
         """
-        mode = self._handlers.closed_event
-        if conid is _CURRENT and mode != 2:
-            raise _ArgumentError("without a conid it needs closed_event 2,"
-                                 f" not {mode}")
+        if conid is _CURRENT and self._handlers.closed_event != 2:
+            raise _ArgumentError("without a conid it needs closed_event 2")
         self._usable(conid).wants_event = True
         return Result.SUCCESS
 
@@ -4187,8 +4178,7 @@ class SpecFunctions:
     @_script_function("mode")
     def tcp_set_otcpid_flag(self, mode):
         """Have forward heed that (mode not 0) or not, as at first (mode 0)."""
-        heed = _number(mode, "mode", -NEVER, NEVER, whole=True) != 0
-        self._outbound()["heed"] = heed
+        self._outbound()["heed"] = _number(mode, "mode", -NEVER, NEVER, True)
         return Result.SUCCESS
 
     def _outbound(self):
@@ -4307,7 +4297,6 @@ class TcpOps(SpecFunctions):
             setattr(self, name, settings[name])
         self._reactor = Reactor(_function(clock), self._handlers)
         self._draining = False
-        self._last_keepalive = None  # shared by all that enable the same
         _instances.add(self)
 
     def __repr__(self):
@@ -4346,11 +4335,9 @@ class TcpOps(SpecFunctions):
 
     def modparam(self, module, name, value):
         """Set a parameter as the script language does.  Spec: 2."""
-        if (module, name) not in (("tcpops", "closed_event"),
-                                  ("tcpops", "event_callback")):
-            raise ValueError(
-                'modparam knows "tcpops" with "closed_event" and'
-                f' "event_callback", not {module!r} with {name!r}')
+        if module != "tcpops" or name not in ("closed_event",
+                                              "event_callback"):
+            raise ValueError(f"modparam knows no {name!r} of {module!r}")
         setattr(self, name, value)
 
     request_route = _part("_handlers", Handlers.request_route)
@@ -4487,9 +4474,7 @@ class TcpOps(SpecFunctions):
         conn = self._found(conid)
         return Result.FAILURE if conn is None else conn.send(payload)
 
-    @_script_function("conid", None, "send")
-    def _found(self, conid):
-        return self._usable(conid)
+    _found = _script_function("conid", None, "send")(SpecFunctions._usable)
 
     def forward(self, address, payload):
         """Send payload to a peer; return a Result.
@@ -4665,8 +4650,6 @@ class TcpOps(SpecFunctions):
 
 import argparse
 import datetime
-import queue
-import select
 import threading
 
 __all__ += ["main"]
@@ -4683,27 +4666,17 @@ tcp_get_conid ADDRESS                          the conid of that peer
 tcp_con_alive ADDRESS                          1: that peer has a usable one
 send CONID TEXT                                send TEXT; \n \r \t \\ \xNN work
 list                                           show connections and listeners
-help, ?                                        show this
 quit, exit                                     end everything and leave"""
 
 _EPILOG = """
-Try it:  %(prog)s --listen  and in another terminal:  nc 127.0.0.1 5060
-
 A console at a terminal, or with --console; """ + _HELP + """
 
-SIGINT (Ctrl-C), SIGTERM and SIGHUP: listeners close, queues are sent, for 5 s
-at the most, and every connection ends; a second signal stops at once.
-Exit status: 0, 130 after a second signal, 1 if the system said no (or no
---connect ever succeeded), 2 for wrong usage.  TLS, JSON, a control socket and
-handlers from a file: examples/serve.py.
+SIGINT (Ctrl-C) or SIGTERM closes listeners, sends queues, for 5 s at the most,
+and ends every connection; a second one stops at once.  Exit status: 0, 130 by
+a second signal, 2 for wrong usage, 1 if the system or each --connect said no.
 """
 _ERASE = "\r\x1b[K"
 _QUEUED = 1000  #: lines that wait for their reader
-_PAYLOADS = reprlib.Repr()  #: shows the beginning and end of a long one
-_PAYLOADS.maxother = _PAYLOADS.maxstring = 72
-#: To try a listener with, where nc alone will not do.
-_CLIENTS = {"sip": r"printf 'OPTIONS sip:x SIP/2.0\r\nl:0\r\n\r\n' | nc {} {}",
-            "ws": "new WebSocket('ws://{2}') in a browser"}
 _PLAIN_DETAILS = ("FIN from the peer", "closed by conid", "drained")
 
 
@@ -4721,7 +4694,8 @@ class _Output(logging.Handler):
         # would keep the interpreter from leaving.  None: started without one.
         buffer = getattr(stream, "buffer", None)
         self._file = getattr(buffer, "raw", buffer)
-        self._queue, self._lost = queue.SimpleQueue(), 0
+        self._texts, self._lost, self._finished = [], 0, False
+        self._news = threading.Condition()  # that one of these has changed
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
@@ -4734,61 +4708,63 @@ class _Output(logging.Handler):
 
     def write(self, text):
         """Write a text, which counts as one line."""
-        if self._queue.qsize() < _QUEUED:
-            self._queue.put((self._lost, text))
-        else:
-            self._lost += 1
+        with self._news:
+            if len(self._texts) < _QUEUED:
+                self._texts.append(text)
+            else:
+                self._lost += 1
+            self._news.notify()
 
     def finish(self, timeout):
         """Wait until all is written, for timeout seconds at the most."""
-        self._queue.put(None)
-        self._thread.join(max(0, timeout))
+        with self._news:
+            self._finished = True
+            self._news.notify()
+        self._thread.join(timeout)
 
     def _run(self):
-        """Write the queue, and at each gap how many lines it lacks."""
-        told, entry = 0, (0, "")
-        while entry:
-            entry = self._queue.get()
-            lost, text = entry or (self._lost, "")
-            if lost > told:
-                text = (f"({lost - told} lines are missing here: no one read"
-                        f" them in time)\n{text}")
-                told = lost
+        while self._texts or not self._finished:
+            with self._news:
+                self._news.wait_for(lambda: self._texts or self._finished)
+                texts, self._texts = self._texts, []
+                lost, self._lost = self._lost, 0
+                if lost:  # behind these texts, and before the next
+                    self.line(f"({lost} lines are missing here, unread)")
             # A character that the encoding lacks must not lose the line.
-            data = text.encode(self._encoding, "backslashreplace")
+            data = "".join(texts).encode(self._encoding, "backslashreplace")
             try:
                 while data and self._file is not None:
                     sent = self._file.write(data)
                     if sent is None:  # another program made it non-blocking
-                        select.select((), (self._file,), ())
+                        time.sleep(0.01)
                     data = data[sent or 0:]
             except OSError as error:
                 self.failure = error
                 return self._failed()
-            if self._lost > told and self._queue.empty():
-                self._queue.put((self._lost, ""))
 
 
 def _describe(info):
-    if info.origin == "listen":
-        return (f"conid {info.conid}  listening on"
-                f" {format_address(info.Ri, info.Rp)}")
+    where = format_address(info.si or info.Ri, info.sp or info.Rp)
     keepalive = ",".join(map(str, info.keepalive or ["off"]))
-    return (f"conid {info.conid}  {info.proto}"
-            f" {format_address(info.si, info.sp)}  {info.state}"
-            f" {info.state.name}  age {info.age:.1f} s, idle {info.idle:.1f}"
-            f" of {info.lifetime:.9g} s, keepalive {keepalive},"
-            f" {info.bytes_in} bytes in, {info.bytes_out} out")
+    return (f"conid {info.conid}  {info.proto} {where}  {info.phase}"
+            f"  {info.state} {info.state.name}  age {info.age:.1f} s,"
+            f" idle {info.idle:.1f} of {info.lifetime:.9g} s, keepalive"
+            f" {keepalive}, {info.bytes_in} bytes in, {info.bytes_out} out")
 
 
-def _at_terminal():
-    """Whether standard input is a terminal, and we no background job."""
+def _is_terminal(stream):
+    """Whether it is a terminal, and we are no background job of it."""
     try:
-        return sys.stdin.isatty() and (
+        return stream.isatty() and (
             not hasattr(os, "tcgetpgrp")  # Windows has no such jobs
-            or os.tcgetpgrp(sys.stdin.fileno()) == os.getpgrp())
+            or os.tcgetpgrp(stream.fileno()) == os.getpgrp())
     except (AttributeError, ValueError, OSError):  # none, closed, not ours
         return False
+
+
+def _handle_signals(handler):
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
 
 
 class _Program:
@@ -4796,15 +4772,16 @@ class _Program:
 
     def __init__(self, options, ops):
         self._options, self._ops = options, ops
-        self._stopped = self._interrupted = self._opened = False
+        self._stopped, self._patience = False, 1
         self._out = self._err = _Output(sys.stdout, self.stop)
-        self._shown = sys.stdout is not None and sys.stdout.isatty()
-        if not self._shown or sys.stderr is None or not sys.stderr.isatty():
+        typed, shown = map(_is_terminal, (sys.stdin, sys.stdout))
+        self._console = options.console or typed
+        self._out.prompt = "> " * (typed and shown)
+        if not shown or not _is_terminal(sys.stderr):
             self._err = _Output(sys.stderr)  # else: over the prompt, too
-        self._err.setFormatter(
-            logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        log.addHandler(self._err)
-        log.setLevel(options.log_level.upper())
+        logging.basicConfig(
+            handlers=[self._err], level=options.log_level.upper(),
+            format="%(asctime)s %(levelname)s %(message)s")
         ops.request_route(self._message)
         for name in EVENT_NAMES:
             ops.event_route(name)(self._event)
@@ -4814,70 +4791,55 @@ class _Program:
         self._stopped = True
         self._ops.stop()
 
-    def interrupt(self, number, _frame):
+    def interrupt(self, *_):
         """Handle a signal: leave soon, or, if that was said before, now."""
         if self._stopped:
-            self._interrupted = True
-            for other in (signal.SIGINT, signal.SIGTERM, number):
-                signal.signal(other, lambda *_: None)
+            self._patience = 0.1
+            _handle_signals(signal.SIG_IGN)
             raise KeyboardInterrupt
         self.stop()
 
     def run(self):
         """Serve until told to stop; raise SystemExit if that fails."""
         options, ops = self._options, self._ops
-        console = options.console or _at_terminal()
         with ops:
-            for address in options.listen or ():
-                self._start("listen on", ops.listen, address, console)
-            for address in options.connect or ():
-                self._start("connect to", ops.connect, address, console)
-            if console:
-                self._start_console()
+            self._start("listen on", ops.listen, options.listen)
+            self._start("connect to", ops.connect, options.connect)
+            if self._console:
+                threading.Thread(target=self._read, daemon=True).start()
             if options.listen:
                 ops.run()
             while not self._stopped and ops.conids():
                 ops.step(0.1)  # and see whether a signal has come
             ops.drain(5)
-        if not options.listen and not self._opened:
-            self._fail("no connection was made")
+        if not options.listen and not ops.stats()["opened"]:
+            sys.exit(f"{_NAME}: no connection was made")
 
     def finish(self):
         """Have the last lines read; raise SystemExit if that failed."""
-        ends = time.monotonic() + (0.1 if self._interrupted else 1)
         self._out.write(self._out.prompt and _ERASE)
-        self._out.finish(ends - time.monotonic())
-        log.removeHandler(self._err)
-        why = self._out.failure
-        if why and not isinstance(why, BrokenPipeError):  # as after "| head"
-            self._err.line(f"{_NAME}: cannot write: {why.strerror}")
-        self._err.finish(ends - time.monotonic())
-        if why:
-            sys.exit(1)
+        for output in (self._out, self._err):
+            output.finish(self._patience)
+        if self._out.failure:
+            sys.exit(f"{_NAME}: cannot write: {self._out.failure.strerror}")
 
-    def _fail(self, text):
-        self._err.line(f"{_NAME}: {text}")
-        sys.exit(1)
-
-    def _start(self, what, method, address, console):
-        try:
-            conid = method(*address, framing=self._options.framing)
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
-            if getattr(error, "errno", None) == errno.EADDRINUSE:
-                reason += "; --listen 0 takes a port that is free"
-            self._fail(f"cannot {what} {format_address(*address)}: {reason}")
-        info = self._ops.connection(conid)
-        how = f"(conid {conid}, {self._options.framing})"
-        if info.origin == "connect":
-            self._out.line(f"connecting to {format_address(*address)} {how}")
-            return
-        host = LOOPBACKS.get(info.Ri, info.Ri)
-        client = _CLIENTS.get(info.framing, "nc {} {}").format(
-            host, info.Rp, format_address(host, info.Rp))
-        client += "; type help for commands" if console else ""
-        place = format_address(info.Ri, info.Rp)
-        self._out.line(f"listening on {place} {how}; try: {client}")
+    def _start(self, what, method, addresses):
+        for address in addresses:
+            where, framing = format_address(*address), self._options.framing
+            try:
+                info = self._ops.connection(method(*address, framing=framing))
+            except (OSError, ValueError) as error:
+                reason = getattr(error, "strerror", None) or error
+                sys.exit(f"{_NAME}: cannot {what} {where}: {reason}")
+            line = f"connecting to {where} (conid {info.conid}, {framing})"
+            if info.origin == "listen":
+                where = format_address(info.Ri, info.Rp)
+                line = f"listening on {where} (conid {info.conid}, {framing})"
+                if framing in ("raw", "line"):
+                    host = LOOPBACKS.get(info.Ri, info.Ri)
+                    line += f"; try: nc {host} {info.Rp}"
+                line += "; type help for commands" * self._console
+            self._out.line(line)
 
     def _show(self, name, conid, text):
         clock = f"{datetime.datetime.now():%H:%M:%S.%f}"[:-3]
@@ -4885,7 +4847,7 @@ class _Program:
 
     def _message(self, msg):
         self._show("message", msg.conid,
-                   f"{len(msg.data)} bytes  {_PAYLOADS.repr(msg.payload)}")
+                   f"{len(msg.data)} bytes  {msg.payload[:72]!r}")
         if self._options.echo:
             msg.reply(msg.payload)
 
@@ -4897,44 +4859,36 @@ class _Program:
             if event.detail not in _PLAIN_DETAILS:
                 text += f"  ({event.detail})"
         self._show(event.name, event.conid, text)
-        self._opened = self._opened or event.opened
         if not event.is_end and self._options.keepalive:
             self._ops.tcp_keepalive_enable(*self._options.keepalive)
 
-    def _start_console(self):
-        """Read commands in a thread: not every system can select stdin."""
-        if self._shown and sys.stdin.isatty():
-            self._out.prompt = "> "
-            self._out.write("> ")
+    def _read(self):
+        """Read commands, in a thread: not every system can select stdin."""
         # A file object of its own: a daemon thread that held the lock of
         # sys.stdin could not be got out of the way when Python exits.
         lines = open(sys.stdin.fileno(), encoding="utf-8", errors="replace",
                      closefd=False)
-
-        def read():
-            with contextlib.suppress(RuntimeError):  # the loop is closed
-                with contextlib.suppress(OSError):  # the terminal has gone
-                    for line in lines:
-                        self._ops.call_soon(self._type, line.strip())
-                self._ops.call_soon(self.stop)
-        threading.Thread(target=read, daemon=True).start()
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            with contextlib.suppress(OSError):  # the terminal has gone
+                for line in lines:
+                    self._ops.call_soon(self._type, line.strip())
+            self._ops.call_soon(self.stop)
 
     def _type(self, line):
         name, _, rest = line.partition(" ")
         if not line:
-            self._out.write(self._out.prompt)
-        elif line in ("help", "?"):
-            self._out.line(_HELP)
-        elif line in ("quit", "exit"):
-            self.stop()
+            return self._out.write(self._out.prompt)
+        if line in ("quit", "exit"):
+            return self.stop()
+        if line == "help":
+            answer = _HELP
         elif line == "list":
             infos = self._ops.listeners() + self._ops.connections()
-            self._out.line("\n".join(map(_describe, infos))
-                           or "no connections")
+            answer = "\n".join(map(_describe, infos)) or "no connections"
         elif name.startswith("tcp_") and hasattr(TcpOps, name):
             answer = getattr(self._ops, name)(*rest.split())
-            word = f" {answer.name}" if isinstance(answer, State) else ""
-            self._out.line(f"{answer}{word}")
+            if isinstance(answer, State):
+                answer = f"{answer} {answer.name}"
         elif name == "send":
             conid, _, text = rest.strip().partition(" ")
             payload = re.sub(
@@ -4942,115 +4896,85 @@ class _Program:
                     "unicode_escape").encode("latin-1"), text.encode())
             with contextlib.suppress(UnicodeDecodeError):
                 payload = payload.decode()  # a text message, to a WebSocket
-            self._out.line(f"{self._ops.send(conid, payload)}")
+            answer = self._ops.send(conid, payload)
         else:
-            log.warning("no such command: %s; type help", line)
-            self._out.line(f"{Result.FAILURE}")
+            answer = f"no such command: {line}; type help"
+        self._out.line(f"{answer}")
 
 
-def _address(text, lowest_port=1):
-    """Return (host, port) of "HOST:PORT", for argparse."""
-    where = "127.0.0.1:" * (not lowest_port and ":" not in text) + text
-    try:
-        return parse_address(re.fullmatch(".*:[0-9]+", where)[0], lowest_port)
-    except (TypeError, ValueError):  # TypeError: no match
-        raise argparse.ArgumentTypeError(
-            f"expected HOST:PORT, the port from {lowest_port} to 65535, not"
-            f" {reprlib.repr(text)}") from None
+def _address(text):
+    where = text if ":" in text else f"127.0.0.1:{text}"
+    # Not a URI, which may ask for TLS; without a match it is a TypeError.
+    return parse_address(re.fullmatch(r"(\[.+]|[^:]+):[0-9]+", where)[0], 0)
 
 
 def _keepalive(text):
-    """Return the Keepalive of "IDLE,COUNT,INTERVAL", for argparse."""
-    try:
-        keepalive = Keepalive(*map(int, text.split(",")))
-        with socket.socket() as sock:
-            set_keepalive(sock, keepalive)  # what the system refuses: now
-        return keepalive
-    except (TypeError, ValueError, OSError) as error:
-        raise argparse.ArgumentTypeError(getattr(
-            error, "strerror", "it takes three numbers, as 60,5,5")) from None
+    keepalive = Keepalive(*map(int, text.split(",")))
+    with socket.socket() as sock:
+        set_keepalive(sock, keepalive)  # what the system refuses: now
+    return keepalive
 
 
-_OPTIONS = {
-    "--listen": dict(
-        metavar="[HOST:]PORT", action="append", nargs="?",
-        type=lambda text: _address(text, 0), const=("127.0.0.1", 5060),
-        help="accept connections (bare: 127.0.0.1:5060; port 0: any one);"
-        " may be given again"),
-    "--connect": dict(metavar="HOST:PORT", action="append", type=_address,
-                      help="connect; may be given again"),
-    "--framing": dict(choices=list(FRAMINGS), default="raw",
-                      help="a message is all that was received at once (raw,"
-                      " the default), a line, or that protocol's message"),
-    "--lifetime": dict(metavar="S", type=float, default=120,
-                       help="seconds of idleness allowed (default 120)"),
-    "--keepalive": dict(metavar="IDLE,COUNT,INTERVAL", type=_keepalive,
-                        help="turn it on for each connection as it opens"),
-    "--closed-event": dict(
-        metavar="N", type=int, default=1, help="whose end is reported, and"
-        " shown: 0 no one's, 1 everyone's (default), 2 where it is enabled"),
-    "--echo": dict(action="store_true", help="send back what is received"),
-    "--console": dict(action="store_true", help="read commands also where"
-                      " standard input is no terminal; its end is quit"),
-    "--log-level": dict(
-        choices=("debug", "info", "warning", "error"), default="warning",
-        help="what is logged, on standard error (default warning)"),
-    "--version": dict(action="version", version=f"tcpops {__version__}"),
-}
+# argparse calls a value that is wrong by the name of the function.
+_address.__name__ = "[HOST:]PORT"
+_keepalive.__name__ = "IDLE,COUNT,INTERVAL"
 
 
 def _parse(argv):
     parser = argparse.ArgumentParser(
         prog=_NAME, formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Gives every TCP connection a number, the conid, and shows"
-        " and steers its\nlife by that number.", epilog=_EPILOG)
+        description="Shows and steers TCP connections.", epilog=_EPILOG)
     parser.error = lambda message: parser.exit(
         2, f"{_NAME}: {message} (see --help)\n")
-    for name, how in _OPTIONS.items():
-        parser.add_argument(name, **how)
-    options = parser.parse_args(argv)
-    if not options.listen and not options.connect:
-        parser.error("nothing to do: give --listen or --connect")
-    if options.console and sys.stdin is None:
-        parser.error("--console needs a standard input")
+    add = parser.add_argument
+    add("--listen", metavar="[HOST:]PORT", type=_address, action="append",
+        default=[], nargs="?", const=("127.0.0.1", 5060), help="accept"
+        " connections (bare: 127.0.0.1:5060; port 0: any); repeatable")
+    add("--connect", metavar="[HOST:]PORT", type=_address, action="append",
+        default=[], help="connect; repeatable")
+    add("--framing", choices=list(FRAMINGS), default="raw", help="a message is"
+        " what one read brings (raw, the default), or that framing's")
+    add("--lifetime", metavar="S", default=120,
+        help="seconds of idleness allowed (default 120)")
+    add("--keepalive", metavar="IDLE,COUNT,INTERVAL", type=_keepalive,
+        help="turn it on for each connection as it opens")
+    add("--closed-event", metavar="N", default=1, help="whose end is reported,"
+        " and shown: 0 no one's, 1 everyone's (default), 2 where enabled")
+    add("--echo", action="store_true", help="send back what is received")
+    add("--console", action="store_true", help="read commands also where"
+        " standard input is no terminal; its end is quit")
+    add("--log-level", choices=("debug", "info", "warning", "error"),
+        default="warning", help="of the log on standard error (warning)")
+    add("--version", action="version", version=f"tcpops {__version__}")
     try:
+        options = parser.parse_args(argv)
+        if not options.listen and not options.connect:
+            parser.error("nothing to do: give --listen or --connect")
+        if options.console and sys.stdin is None:
+            parser.error("--console needs a standard input")
         return options, TcpOps(closed_event=options.closed_event,
                                connection_lifetime=options.lifetime)
-    except ValueError as error:
-        return parser.error("--" + str(error).removeprefix(
-            "connection_").replace("_", "-"))
-
-
-def _is_ignored(number):
-    """Whether a signal is ignored; PyPy's getsignal knows nothing of nohup."""
-    with contextlib.suppress(OSError), open("/proc/self/status") as status:
-        ignored = re.search("^SigIgn:(.*)", status.read(), re.M)[1]
-        return bool(int(ignored, 16) >> (number - 1) & 1)
-    return signal.getsignal(number) is signal.SIG_IGN
+    except (OSError, ValueError) as error:
+        return parser.error(getattr(error, "strerror", None) or error)
 
 
 def main(argv=None):
-    """Run the command line; return the exit status.  See --help."""
-    before = {}
+    """Run the command line; return what sys.exit takes.  See --help."""
     try:
         program = _Program(*_parse(argv))
-        with contextlib.suppress(ValueError):  # not in the main thread
-            for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Windows lacks one
-                number = getattr(signal, name, signal.SIGINT)
-                if name != "SIGHUP" or not _is_ignored(number):
-                    before.setdefault(number, signal.signal(
-                        number, program.interrupt))
+        if argv is None:  # else the signals are the caller's
+            _handle_signals(program.interrupt)
         try:
             program.run()
         finally:
             program.finish()
-            for number, handler in before.items():
-                # A command has nothing more to do than to leave.
-                signal.signal(number, handler if argv else signal.SIG_IGN)
     except SystemExit as leave:
         return leave.code
     except KeyboardInterrupt:
         return 130
+    finally:
+        if argv is None:  # there is nothing more to do than to leave
+            _handle_signals(signal.SIG_IGN)
     return 0
 
 

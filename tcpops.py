@@ -1916,7 +1916,6 @@ class Phase(NamedTuple):
     sends: bool     #: send() takes payloads
     reads: bool     #: its socket is read
     delivers: bool  #: bytes of the peer become messages
-    found: bool     #: it is found by its peer's address
     next: tuple     #: names of the phases that may follow
 
 
@@ -1924,18 +1923,18 @@ class Phase(NamedTuple):
 LIFE = types.MappingProxyType({
     name: Phase(name, *map(bool, columns), tuple(after.split()))
     for name, *columns, after in (
-        # phase         sends reads delivers found  may be followed by
-        ("new",          0, 0, 0, 0, "connecting handshake open ended"),
-        ("connecting",   1, 0, 0, 1, "handshake open ended"),
-        ("handshake",    1, 1, 1, 1, "open sending_rest reading_rest ended"),
-        ("open",         1, 1, 1, 1, "sending_rest reading_rest ended"),
+        # phase         sends reads delivers  may be followed by
+        ("new",          0, 0, 0, "connecting handshake open ended"),
+        ("connecting",   1, 0, 0, "handshake open ended"),
+        ("handshake",    1, 1, 1, "open sending_rest reading_rest ended"),
+        ("open",         1, 1, 1, "sending_rest reading_rest ended"),
         # Ended for the program; its queue and its farewell are sent.
-        ("sending_rest", 0, 0, 0, 0, "lingering ended"),
+        ("sending_rest", 0, 0, 0, "lingering ended"),
         # Our FIN is sent; the peer's is waited for, its bytes thrown away.
-        ("lingering",    0, 1, 0, 0, "ended"),
+        ("lingering",    0, 1, 0, "ended"),
         # Its socket is dead; the bytes that it holds become messages.
-        ("reading_rest", 0, 0, 1, 0, "ended"),
-        ("ended",        0, 0, 0, 0, ""))})
+        ("reading_rest", 0, 0, 1, "ended"),
+        ("ended",        0, 0, 0, ""))})
 (_NEW, _CONNECTING, _HANDSHAKE, _OPEN, _SENDING_REST, _LINGERING,
  _READING_REST, _ENDED) = LIFE.values()
 
@@ -2037,7 +2036,7 @@ DEADLINES = types.MappingProxyType({
         "keepalive", errno.ETIMEDOUT, _vanished),
     "ping": Deadline(
         (_OPEN,), lambda conn: _of_pings(conn, False), "keepalive", None,
-        lambda conn, now: conn.ping(now)),
+        lambda conn, now: conn.ping()),
     "pong": Deadline(
         (_OPEN,), lambda conn: _of_pings(conn, True), "keepalive",
         errno.ETIMEDOUT, lambda conn, now:
@@ -3063,7 +3062,8 @@ class Messages:
 
     def __init__(self, conn, framing):
         self.conn, self.framing = conn, framing
-        self.inner = getattr(framing, "inner", framing)  #: TLS aside
+        tls = isinstance(framing, _LAYERS.get("tls", ()))
+        self.inner = framing.inner if tls else framing
         self.waiting = False    #: the rest of them waits for the next turn
         self.deadline = NEVER   #: of a message that is incomplete
         self.silent = NEVER     #: since when: the peer's last byte, our ping
@@ -3096,7 +3096,7 @@ class Messages:
     def speak(self):
         """Send the bytes that the framing sends by itself."""
         conn, framing = self.conn, self.framing
-        if conn.phase.reads and framing.output and not conn.failed:
+        if conn.phase.sends and framing.output and not conn.failed:
             data, framing.output = framing.output, bytearray()
             data = self.ask(bytes, data)
             if data is not _FAILED:
@@ -3291,10 +3291,10 @@ class Connection:
             raise RuntimeError(f"conid {self.conid} cannot go from"
                                f" {before.name} to {phase.name}")
         self.phase = phase
-        if phase.found and not before.found:
-            self.plan.table.add_peer(self)
-        elif before.found and not phase.found:
+        if phase is _ENDED:
             self.plan.table.remove_peer(self)
+        elif before is _NEW:
+            self.plan.table.add_peer(self)
 
     def connect(self, address, others):
         """Connect the socket to an address, or to one of the others."""
@@ -3332,7 +3332,8 @@ class Connection:
             return  # its socket has died in the handshake
         self.enter(_OPEN)
         self.begin_silence()
-        if self.failed or messages is not None and messages.framing.mute:
+        if (self.failed and self.cause is None
+                or messages is not None and messages.framing.mute):
             return  # the end has come with the handshake
         self.opening = None
         for payload in opening.early if opening is not None else ():
@@ -3522,10 +3523,11 @@ class Connection:
         """Whether it lives and was not asked to end."""
         return self.phase.sends and self.cause is None and not self.failed
 
-    def ping(self, now):
+    def ping(self):
         """Send a ping, unless bytes of ours wait to be sent before it."""
         messages = self.messages
-        messages.silent = now
+        # Not the turn's time: handlers may have run since that was read.
+        messages.silent = now = self.plan.reactor.clock()
         # For the next one: the pong may come long before its time is over.
         self.plan.reactor.arm(self, now + messages.inner.ping_interval)
         if self.queue is None:
@@ -4143,7 +4145,7 @@ class SpecFunctions:
         """Close a connection, or a listener.
 
         Its queue is sent first, within send_timeout.  The state is NOT_FOUND
-        at once.  FAILURE if an RST came before: that is the reason then.
+        at once.  FAILURE if an RST or a refusal came before: that is why, then.
         """
         conn = self._known(conid)
         if isinstance(conn, Listener):
@@ -4151,6 +4153,8 @@ class SpecFunctions:
             return Result.SUCCESS
         self._usable(conid).probe()
         self._usable(conid).end(Cause.of("closed"), _SEND_REST)
+        if conn.cause.reason != "closed":  # a refusal had begun to come
+            raise _ArgumentError(f"connection {conid} is ending")
         return Result.SUCCESS
 
     @_script_function("address")

@@ -11657,7 +11657,7 @@ class TestLife:
     def test_the_rows(self):
         for name, row in self.LIFE.items():
             assert row.name == name
-            assert {type(row[n]) for n in range(1, 5)} == {bool}
+            assert {type(row[n]) for n in range(1, 4)} == {bool}
             assert not {*row.next} - {*self.LIFE} and name not in row.next
         assert [name for name, row in self.LIFE.items() if not row.next] == [
             "ended"]
@@ -11671,11 +11671,10 @@ class TestLife:
                        for name in row.next)
 
     def test_what_the_columns_imply(self):
-        """What is read is delivered, and what may send is found."""
+        """The bytes that are read are delivered."""
         for row in self.LIFE.values():
             assert row.delivers or not row.reads or row.name == "lingering"
-            assert row.sends == row.found
-        assert not any(self.LIFE["ended"][1:5])
+        assert not any(self.LIFE["ended"][1:4])
 
     def test_each_step_is_taken_and_no_other(self, make_world, monkeypatch):
         taken, real = set(), tcpops.Connection.enter
@@ -12039,6 +12038,18 @@ class TestPings:
     @staticmethod
     def nothing(sock):
         return not select.select([sock], [], [], 0)[0]
+
+    @needs_sip
+    def test_the_pong_has_its_time_from_the_ping_on(self, make_world, clock):
+        """Not from the begin of a turn that ran the program's code before."""
+        world = make_world(framing=self.SIP, clock=clock)
+        sock, conid = world.client()
+        world.ops.call_soon(clock.advance, 20)
+        clock.advance(30)
+        while not world.ops.step(0):
+            pass
+        assert sock.recv(9) == b"\r\n\r\n"
+        assert world.ops.connection(conid).deadlines["pong"] == 10
 
     def test_a_peer_that_answers_lives(self, make_world, clock):
         world = make_world(framing=Pinged, clock=clock)
@@ -15329,6 +15340,84 @@ class TestFoundByAttack:
             world.fill(conid)
         self.busy(world)
         assert world.end(conid).reason in (kind, "lifetime")
+
+
+class TestEndsThatCrossOthers:
+    """What the program asks for while another end is on its way."""
+
+    def test_a_framing_may_have_an_attribute_inner(self, make_world):
+        class Named(tcpops.LineFraming):
+            inner = ()
+
+        world = make_world(framing=Named)
+        sock, _ = world.client()
+        sock.send(b"x\n")
+        world.until(lambda: world.messages)
+        assert type(world.messages[0].framing) is Named
+
+    @needs_ws
+    def test_an_early_payload_a_close_and_a_reset(self, make_world):
+        """After the program has asked for the end it gets no message."""
+        world = make_world(framing="ws")
+        sock = socket.create_connection(("127.0.0.1", world.port))
+        world.until(lambda: world.ops.conids())
+        conid, = world.ops.conids()
+        assert world.ops.send(conid, b"early") is Result.SUCCESS
+        assert world.ops.tcp_close_connection(conid) is Result.SUCCESS
+        sock.send(HELLO + frame(2, b"hi", bytes(4)))
+        rst(sock)
+        world.end(conid)
+        assert not world.messages
+
+    @needs_ws
+    def test_refuse_that_closes_its_connection(self, make_world, clock):
+        """Nothing is written behind our FIN, so the peer's is waited for."""
+        world = make_world(framing="ws", clock=clock, linger=1)
+
+        def refuse(framing, path, headers):
+            world.ops.tcp_close_connection(*world.ops.conids())
+        world.ops.tcp_close_connection(world.listener)
+        port = world.ops.connection(world.ops.listen(
+            "127.0.0.1", 0, framing=type("Closes", (
+                tcpops.WebSocketFraming,), {"refuse": refuse}))).Rp
+        with socket.create_connection(("127.0.0.1", port)) as sock:
+            sock.send(HELLO)
+            sock.settimeout(0)
+            world.until(lambda: world.ops._table.lingering)
+            world.settle()
+            assert sock.recv(999) == b"" and not world.events
+
+    @needs_ws
+    def test_closing_behind_a_refusal_that_has_begun(self, world):
+        """FAILURE, as behind an RST: the reason is not "closed"."""
+        server = world.server()
+        conid = world.ops.connect(*server.getsockname(), framing="ws")
+        world.until(lambda: world.ops.connection(conid).bytes_out)
+        peer = world.accept(server)
+        peer.send(b"HTTP/1.1 403 No\r\nContent-Length: 99\r\n\r\nfew")
+        world.until(lambda: world.ops.connection(conid).bytes_in)
+        assert world.ops.tcp_close_connection(conid) is Result.FAILURE
+        assert world.end(conid).reason == "protocol"
+
+    def test_a_socket_is_attached_once_while_its_rest_is_read(self, world):
+        left, right = tcp_pair()
+        world.socks.append(left)
+        ops, tried, refused = world.ops, [], []
+        conid = ops.attach(right, framing="line")
+        left.sendall(b"a\n" * 100)
+        left.shutdown(socket.SHUT_WR)
+        # As a timeout does that finds a FIN behind unread bytes.
+        ops._table.get(conid).fail(tcpops.Cause.of("eof"))
+
+        def on_message(_):
+            if ops.connection(conid).phase == "reading_rest":
+                tried.append(conid)
+                with pytest.raises(ValueError, match="attached already"):
+                    ops.attach(right, framing="line")
+                refused.append(conid)
+        world.on_message = on_message
+        world.end(conid)
+        assert tried == refused != [] and len(world.messages) == 100
 
 
 class TestAttachTakesWhatItCanServe:

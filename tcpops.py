@@ -901,9 +901,7 @@ class Framing:
 class LineFraming(Framing):
     """A message is a line, without its LF or CR LF."""
 
-    def __init__(self, max_message, client, **pings):
-        super().__init__(max_message, client, **pings)
-        self._searched = 0  # a line that drips in is not searched anew
+    _searched = 0  # a line that drips in is not searched anew
 
     def next_message(self):
         """Return the next line, or None.  ProtocolError: it is too long."""
@@ -976,8 +974,12 @@ _COMPACT = {
     "r": "refer-to", "s": "subject", "t": "to", "u": "allow-events",
     "v": "via", "x": "session-expires", "y": "identity",
 }
-_STATUS_LINE = re.compile(r"([^ \t]*)[ \t]*([^ \t]*)(.*)")
-_REQUEST_LINE = re.compile(r"([^ \t]*)(?:(.*)[ \t][Ss][Ii][Pp]/)?")
+#: The parts of a start line, by the names of SipMessage's properties.
+_STATUS_LINE = re.compile(
+    r"[^ \t]*[ \t]*(?:(?P<status>[0-9]{3})(?![^ \t])|[^ \t]*)[ \t]*"
+    r"(?P<reason>(?:.*[^ \t])?)")
+_REQUEST_LINE = re.compile(
+    r"(?P<method>[^ \t]*)[ \t]*(?P<uri>(?:.*[^ \t](?=[ \t]+SIP/))?)", re.I)
 
 
 class SipMessage(TextMessage):
@@ -986,36 +988,32 @@ class SipMessage(TextMessage):
     __slots__ = ("_head",)
 
     def _parsed(self):
-        """Return (the start line's three parts, header fields, body)."""
+        """Return ({part of the start line: text}, header fields, body)."""
         if not hasattr(self, "_head"):
             head, _, body = self.data.partition(b"\r\n\r\n")
             start, fields = _parse_head(head)
             line = _STATUS_LINE if self.is_reply else _REQUEST_LINE
-            parts = line.match(start).groups("")
             fields = [(_COMPACT.get(name, name), value)
                       for name, value in fields]
-            self._head = [it.strip(" \t") for it in parts], fields, body
+            self._head = line.match(start).groupdict(), fields, body
         return self._head
 
     is_reply = property(lambda self: self.data[:4].upper() == b"SIP/",
                         doc="Whether it is a response.")
-    method = property(
-        lambda self: None if self.is_reply else self._parsed()[0][0],
-        doc="The method of a request; None for a response.")
-    uri = property(
-        lambda self: None if self.is_reply else self._parsed()[0][1],
-        doc="The Request-URI of a request; None for a response.")
-    reason = property(
-        lambda self: self._parsed()[0][2] if self.is_reply else None,
-        doc="The reason phrase of a response; None for a request.")
+    method = property(lambda self: self._parsed()[0].get("method"),
+                      doc="The method of a request; None for a response.")
+    uri = property(lambda self: self._parsed()[0].get("uri"),
+                   doc="The Request-URI of a request; None for a response.")
+    reason = property(lambda self: self._parsed()[0].get("reason"),
+                      doc="The phrase of a response; None for a request.")
     body = property(lambda self: self._parsed()[2],
                     doc="The bytes after the headers.")
 
     @property
     def status(self):
         """The status code of a response if it is three digits, else None."""
-        code = re.fullmatch("[0-9]{3}", self._parsed()[0][1])
-        return int(code[0]) if self.is_reply and code else None
+        status = self._parsed()[0].get("status")
+        return status and int(status)
 
     def headers(self, name):
         """Return the values of all header fields of that name, in order.
@@ -1066,12 +1064,9 @@ class SipFraming(Framing):
     """
 
     message = SipMessage
-
-    def __init__(self, max_message, client, **pings):
-        super().__init__(max_message, client, **pings)
-        self._half = 0      # CR LFs: 1 waits for its second, -1 is a pong's
-        self._searched = 0  # a head that drips in is not searched anew
-        self._length = 0    # of the message, 0 until its head is complete
+    _half = 0      # CR LFs: 1 waits for its second, -1 is a pong's
+    _searched = 0  # a head that drips in is not searched anew
+    _length = 0    # of the message, 0 until its head is complete
 
     def next_message(self):
         """Return the next message, or None.  Raises ProtocolError."""
@@ -1168,11 +1163,9 @@ def _parse_sip_uri(uri):
     another one: it is refused.
     """
     match = _URI.fullmatch(uri)
-    parameters = re.sub(
-        "%([0-9a-fA-F]{2})", lambda escape: chr(int(escape[1], 16)),
-        match["parameters"] or "").lower()
-    named = re.findall(r";((?:transport|maddr)\b[^;]*)",
-                       re.sub(r"\s", "", parameters))
+    from urllib.parse import unquote  # here: little else needs it
+    parameters = re.sub(r"\s", "", unquote(match["parameters"] or "").lower())
+    named = re.findall(r";((?:transport|maddr)\b[^;]*)", parameters)
     protos, port = _TRANSPORTS.get(
         ";".join((match["scheme"].lower(), *named)), (None, None))
     return port and _parse_host(match["host"], port, protos, SipFraming)
@@ -1198,7 +1191,6 @@ _CONTINUED, _TEXT, _BINARY = 0x0, 0x1, 0x2
 _CLOSE, _PING, _PONG = 0x8, 0x9, 0xA
 _FINAL = _MASKED = 0x80
 _LONGEST_HEAD = 16384  #: bytes of an HTTP head, or of a refusal's body
-_MOST_FIELDS = 100  #: of a request
 _GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 #: A line that a program may add to a head: nothing in it ends the line (RFC
@@ -1208,20 +1200,23 @@ _FIELD = re.compile(
     f"|upgrade):){_TOKEN.pattern}: "
     r"[^\0-\x08\x0a-\x1f\x7f\ud800-\udc7f\udd00-\udfff]*")
 #: A request: RFC 9112, 3.2 (absolute-form or origin-form) and 5.2 (folds).
+#: The limit of 100 fields is ours: each takes more memory than its bytes.
 _REQUEST = re.compile(
-    r"(\S+) (?:(?ai:https?|wss?)://[^/?#@\\\0-\x20]+|(?=/))"
-    r"([/?][^#\0-\x20\x7f-\x9f]*|) HTTP/([0-9]\.[0-9])"
-    rf"(?:\r\n{_TOKEN.pattern}:[^\0\r\n]*(?:\r\n[ \t][^\0\r\n]*)*)*\r\n\r\n")
+    r"\S+ (?:(?ai:https?|wss?)://[^/?#@\\\0-\x20]+|(?=/))"
+    r"([/?][^#\0-\x20\x7f-\x9f]*|) HTTP/[0-9]\.[0-9]"
+    rf"(?:\r\n{_TOKEN.pattern}:[^\0\r\n]*(?:\r\n[ \t][^\0\r\n]*)*){{0,100}}"
+    r"\r\n\r\n")
 _CHUNK = re.compile(rb"([0-9A-Fa-f]{1,15})[^\r\n]*\r\n")
 _LISTS = r"(?ai)(?:.*,)?\s*%s\s*(?:,.*)?"
+_ABSENT = "\r\n"  #: stands for the value of a header that is not there
 #: What a request for a WebSocket must have (RFC 6455, 4.2.1; RFC 9112, 3.2 and
 #: 6): header, pattern of its value, reason and status (400) of the refusal.
 _REQUEST_RULES = (
-    (":version", r"1\.[1-9]|[2-9].*", "HTTP/1.1 is needed"),
-    (":method", "GET", "the method must be GET"),
+    (":start", r".* HTTP/(?:1\.[1-9]|[2-9].*)", "HTTP/1.1 is needed"),
+    (":start", "GET .*", "the method must be GET"),
     ("host", r"[^\s,/?#@\\]+", "there must be one Host"),
-    ("transfer-encoding", "", "a request with a body"),
-    ("content-length", "0*", "a request with a body"),
+    ("transfer-encoding", _ABSENT, "a request with a body"),
+    ("content-length", f"{_ABSENT}|0+", "a request with a body"),
     ("upgrade", _LISTS % "websocket", "Upgrade must name websocket", 426),
     ("connection", _LISTS % "upgrade", "Connection must name Upgrade"),
     ("sec-websocket-key", "[A-Za-z0-9+/]{22}==",
@@ -1262,19 +1257,16 @@ def _check_fields(pairs):
 
 def _read_body(headers, data):
     """Return (body, whether it is complete) of an answer.  RFC 9112, 6.3."""
-    length, body = headers.get("content-length", ""), data
+    length, body = headers.get("content-length", ""), b""
     if "chunked" in headers.get("transfer-encoding", "").lower():
-        body, rest = b"", data
-        while (match := _CHUNK.match(rest)) and (size := int(match[1], 16)):
-            body += rest[match.end():][:size]
-            rest = rest[match.end() + size + 2:]
-        complete = bool(match)
-    elif re.fullmatch("[0-9]{1,15}", length):
-        body = data[:int(length)]
-        complete = len(body) == int(length)
-    else:  # it ends with the connection, unless that is to stay (9.3)
-        complete = "close" not in headers.get("connection", "close").lower()
-    return bytes(body[:_LONGEST_HEAD]), complete or len(data) > _LONGEST_HEAD
+        while (match := _CHUNK.match(data)) and (size := int(match[1], 16)):
+            body += data[match.end():][:size]
+            data = data[match.end() + size + 2:]
+        return body, bool(match)
+    if re.fullmatch("[0-9]{1,15}", length):
+        return data[:int(length)], len(data) >= int(length)
+    # It ends with the connection, unless that is to stay (9.3).
+    return data, "close" not in headers.get("connection", "close").lower()
 
 
 class _Fields(Sequence):
@@ -1286,19 +1278,8 @@ class _Fields(Sequence):
     def __getitem__(self, index):
         return _parse_head(self.head, "surrogateescape")[1][index]
 
-    def __len__(self):
-        return len(self[:])
-
-    def __iter__(self):
-        return iter(self[:])
-
-
-class _Violation(ProtocolError):
-    """A fault of the peer's, and the code for our close frame."""
-
-    def __init__(self, code, detail):
-        super().__init__(detail)
-        self.code = code
+    __len__ = lambda self: len(self[:])
+    __iter__ = lambda self: iter(self[:])
 
 
 class WebSocketFraming(Framing):
@@ -1316,7 +1297,7 @@ class WebSocketFraming(Framing):
     offers = ()               #: the subprotocols that a client offers
     #: Those that a server speaks.
     subprotocols = ("sip",) if "sip" in FRAMINGS else ()
-    _whole = None  # of SIP: checks a message
+    _whole = staticmethod(lambda data, websocket: data)  # SIP's checks it
 
     def __init__(self, max_message, client, **pings):
         super().__init__(max_message, client, **pings)
@@ -1325,13 +1306,11 @@ class WebSocketFraming(Framing):
         self.subprotocol = None  #: the one agreed on
         self._key = None         # of a client's handshake
         self._refusal = None     # the arguments of answered, and the detail
-        self._frame = None       # (final, mask) of the frame that comes in
+        self._frame = None       # (opcode, final, mask) of what comes in
         self._left = 0           # bytes of it that have not come
         self._kind = None        # opcode of the message that comes in
         self._parts = bytearray()  # of that message
-        self._tail = b""         # of its text: the beginning of a character
-        self._size = 0           # of that message
-        self.mute = False        # our close frame has been sent
+        self._decoded = 0        # bytes of them that are known to be UTF-8
 
     def refuse(self, path, headers):
         """Return None, or the reason of a 403, a status, or (status, headers,
@@ -1339,7 +1318,8 @@ class WebSocketFraming(Framing):
 
         Asked of each request that is HTTP, also a health check's.  headers are
         (name in lower case, value) pairs, as in msg.framing's.  What is not
-        UTF-8 in them and in path is as os.fsdecode has it.
+        UTF-8 in them and in path is as os.fsdecode has it.  Raises: the words
+        of a ProtocolError are the reason of a 403, another error is a 500.
         """
         return None
 
@@ -1354,12 +1334,9 @@ class WebSocketFraming(Framing):
         if not re.fullmatch(r"/[!\"$-~]*", self.path):
             raise ValueError(f"not a WebSocket path: {self.path!r}")
         for names in (self.offers, self.subprotocols):
-            if isinstance(names, str):
-                raise ValueError(f"a tuple is needed, not {names!r}")
-            if (not all(map(_TOKEN.fullmatch, names))
-                    or len(set(names)) < len(names)):
-                raise ValueError(
-                    f"subprotocols must be distinct tokens, not {names!r}")
+            if (isinstance(names, str) or len(set(names)) < len(names)
+                    or not all(map(_TOKEN.fullmatch, names))):
+                raise ValueError(f"not a tuple of distinct tokens: {names!r}")
         _check_fields(self.headers)
 
     def begin(self, host):
@@ -1411,12 +1388,13 @@ class WebSocketFraming(Framing):
         """Refuse or grant a client's request.  RFC 6455, 4.2."""
         match = _REQUEST.fullmatch(head.decode("utf-8", "surrogateescape"))
         if not match:
-            self._refuse("GET path HTTP/1.1 and headers are needed")
-        if len(pairs) > _MOST_FIELDS:
-            self._refuse(f"over {_MOST_FIELDS} header fields")
-        self.path = match[2] if match[2][:1] == "/" else f"/{match[2]}"
+            self._refuse("GET path HTTP/1.1 and up to 100 headers are needed")
+        self.path = match[1] if match[1][:1] == "/" else f"/{match[1]}"
         self.headers = _Fields(head)
-        answer = self.refuse(self.path, self.headers) or 101
+        try:
+            answer = self.refuse(self.path, self.headers) or 101
+        except ProtocolError as error:
+            answer = 403, (), str(error)
         if isinstance(answer, int):
             answer = answer, (), ""
         status, added, text = (answer if isinstance(answer, tuple)
@@ -1424,7 +1402,6 @@ class WebSocketFraming(Framing):
         _check_fields(added)
         if status != 101:
             self._refuse(text, status, added)
-        headers[":method"], headers[":version"] = match[1], match[3]
         self._keep(_REQUEST_RULES, headers)
         offered = headers.get("sec-websocket-protocol", "").split(",")
         self._agree(next((name.strip() for name in offered
@@ -1438,7 +1415,7 @@ class WebSocketFraming(Framing):
     def _keep(self, rules, headers):
         """Refuse a head that breaks a rule."""
         for name, pattern, *refusal in rules:
-            if not re.fullmatch(pattern, headers.get(name, "")):
+            if not re.fullmatch(pattern, headers.get(name, _ABSENT)):
                 self._refuse(*refusal)
 
     def _refuse(self, text, status=400, added=()):
@@ -1461,7 +1438,7 @@ class WebSocketFraming(Framing):
         if subprotocol == "sip":
             sip = FRAMINGS.get("sip")
             self.message = getattr(sip, "message", self.message)
-            self._whole = getattr(sip, "whole", None)
+            self._whole = getattr(sip, "whole", self._whole)
 
     def _take_answer(self, head, pairs, headers):
         """Return whether an answer opens it (4.1), None if more is to come."""
@@ -1474,9 +1451,10 @@ class WebSocketFraming(Framing):
         elif 100 <= status < 200:
             return False  # another one will follow: RFC 9110, 15.2
         elif status:
-            body, complete = _read_body(headers, self.buffer[len(head):])
-            self._refusal = status, pairs, body, says
-            if not complete:
+            data = bytes(self.buffer[len(head):])
+            body, complete = _read_body(headers, data)
+            self._refusal = status, pairs, body[:_LONGEST_HEAD], says
+            if not complete and len(data) <= _LONGEST_HEAD:
                 return None
         self._keep((
             (":start", r"HTTP/1\.1 101( .*)?", says),
@@ -1484,9 +1462,10 @@ class WebSocketFraming(Framing):
             ("connection", _LISTS % "upgrade", "Connection must name Upgrade"),
             ("sec-websocket-accept", re.escape(_accept_key(self._key)),
              "Sec-WebSocket-Accept is wrong"),
-            ("sec-websocket-extensions", "", "an extension not offered"),
+            ("sec-websocket-extensions", f"(?:{_ABSENT})?",
+             "an extension not offered"),
             ("sec-websocket-protocol", "|".join(
-                map(re.escape, ("", *self.offers))),
+                map(re.escape, (_ABSENT, "", *self.offers))),
              "a subprotocol not offered")), headers)
         self._agree(headers.get("sec-websocket-protocol") or None)
         return True
@@ -1502,138 +1481,119 @@ class WebSocketFraming(Framing):
         """Return the next message, str or bytes; SKIPPED or None if none."""
         if not self.opened:
             return self._shake_hands()
-        if self.closed:
+        if self.closed or not (self._frame or self._begin_frame()):
             return None
-        try:
-            if self._frame is None:
-                head = self._parse_frame_head()
-                if head is None:
-                    return None
-                opcode, final, mask, size, length = head
-                if opcode >= _CLOSE:
-                    return self._take_control(opcode, mask, size, length)
-                del self.buffer[:size]
-                self._frame, self._left = (final, mask), length
-                self._size += length
-                if opcode != _CONTINUED:
-                    self._kind = opcode
-            return self._take_payload()
-        except ProtocolError as error:
-            self._queue_close(getattr(error, "code", 1007), str(error))
-            raise
+        return self._take_frame()
 
-    def _parse_frame_head(self):
-        """Return (opcode, final, mask, head's size, length), or None.  5.2."""
+    def _fail(self, code, detail):
+        """Raise ProtocolError; a close frame says why.  7.1.7, 7.4.1."""
+        self._queue_close(code, detail)
+        raise ProtocolError(detail)
+
+    def _begin_frame(self):
+        """Take a frame's head; return whether it was complete.  5.2."""
         buffer = self.buffer
         if len(buffer) < 2:
-            return None
+            return False
         opcode, final = buffer[0] & 0x0F, buffer[0] & _FINAL
         length, size, least = buffer[1] & 0x7F, 2, 0
         self._check_frame(opcode, final, length)
         if length >= 126:
             size, least = (4, 126) if length == 126 else (10, 65536)
             if len(buffer) < size:
-                return None
+                return False
             length = int.from_bytes(buffer[2:size], "big")
         if not least <= length < 2 ** 63:
-            raise _Violation(1002, "a payload length that is badly written")
-        if opcode < _CLOSE and self._size + length > self.max_message:
-            raise _Violation(1009,
-                             f"a message of over {self.max_message} bytes")
-        size += 0 if self.client else 4
-        if len(buffer) < size:
-            return None
-        mask = None if self.client else bytes(buffer[size - 4:size])
-        return opcode, final, mask, size, length
+            self._fail(1002, "a payload length that is badly written")
+        if opcode < _CLOSE and len(self._parts) + length > self.max_message:
+            self._fail(1009, f"a message of over {self.max_message} bytes")
+        end = size if self.client else size + 4
+        if len(buffer) < end:
+            return False
+        self._frame = opcode, final, bytes(buffer[size:end])
+        self._left = length
+        del buffer[:end]
+        if opcode in (_TEXT, _BINARY):
+            self._kind = opcode
+        return True
 
     def _check_frame(self, opcode, final, length):
-        """Raise _Violation if a frame's first two bytes are wrong."""
+        """Fail if a frame's first two bytes are wrong."""
         if self.buffer[0] & 0x70:
-            raise _Violation(1002, "a reserved bit is set")
+            self._fail(1002, "a reserved bit is set")
         if opcode not in (_CONTINUED, _TEXT, _BINARY, _CLOSE, _PING, _PONG):
-            raise _Violation(1002, f"opcode {opcode} is unknown")
+            self._fail(1002, f"opcode {opcode} is unknown")
         if bool(self.buffer[1] & _MASKED) == self.client:
-            raise _Violation(1002, "a masked frame from the server"
-                             if self.client else "a frame without mask")
-        if opcode >= _CLOSE:
-            if not final:
-                raise _Violation(1002, "a control frame in fragments")
-            if length > 125:
-                raise _Violation(1002, "a control frame of over 125 bytes")
-        elif (opcode == _CONTINUED) != self.amid:
-            raise _Violation(1002, "a message within a message" if self.amid
-                             else "a continuation of nothing")
+            self._fail(1002, "a masked frame from the server"
+                       if self.client else "a frame without mask")
+        if opcode >= _CLOSE and not final:
+            self._fail(1002, "a control frame in fragments")
+        if opcode >= _CLOSE and length > 125:
+            self._fail(1002, "a control frame of over 125 bytes")
+        if opcode < _CLOSE and (opcode == _CONTINUED) != self.amid:
+            self._fail(1002, "a message within a message" if self.amid
+                       else "a continuation of nothing")
 
-    def _take_payload(self):
+    def _take_frame(self):
         """Take a frame's bytes; return a message, SKIPPED or None."""
-        final, mask = self._frame
+        opcode, final, mask = self._frame
+        if opcode >= _CLOSE and len(self.buffer) < self._left:
+            return None
         data = bytes(self.buffer[:self._left])
         del self.buffer[:len(data)]
         self._left -= len(data)
         if mask:
             data = _xor(data, mask)
             turn = len(data) % 4
-            self._frame = final, mask[turn:] + mask[:turn]
-        complete = final and not self._left
-        text = self._kind == _TEXT and self._decode(data, complete)
-        if not self._left:
-            self._frame = None
-        if self._parts or not complete:  # not as a list: a part may be tiny
-            self._parts += data
-        if not complete:
-            return None if self._left else SKIPPED
-        if self._parts:
-            data, self._parts = bytes(self._parts), bytearray()
-            text = self._kind == _TEXT and data.decode()
-        message = text if self._kind == _TEXT else data
-        self._kind, self._size = None, 0
-        whole = data if self._whole is None else self._whole(data, self)
+            mask = mask[turn:] + mask[:turn]
+        self._frame = (opcode, final, mask) if self._left else None
+        if opcode >= _CLOSE:
+            self._take_control(opcode, data)
+            return SKIPPED
+        self._parts += data  # not as a list: a part may be tiny
+        if final and not self._left:
+            return self._take_message(bytes(self._parts))
+        if self._kind == _TEXT:
+            self._decoded += self._decode(
+                self._parts[self._decoded:], "text", False)[1]
+        return None if self._left else SKIPPED
+
+    def _take_message(self, data):
+        """Return a message of these bytes, or SKIPPED: SIP's keepalive."""
+        text, self._kind = self._kind == _TEXT, None
+        self._parts, self._decoded = bytearray(), 0
+        message = self._decode(data, "text")[0] if text else data
+        try:
+            whole = self._whole(data, self)
+        except ProtocolError as error:
+            self._fail(1007, str(error))
         return message if whole == data else whole  # the cut may end its text
 
-    def _decode(self, data, complete):
-        """Decode a part of a text, or raise _Violation at once."""
-        data = self._tail + data
+    def _decode(self, data, name, final=True):
+        """Return (text, how many bytes it takes), or fail."""
         try:
-            text, used = codecs.utf_8_decode(data, "strict", complete)
+            return codecs.utf_8_decode(data, "strict", final)
         except UnicodeDecodeError:
-            raise _Violation(1007, "text that is not UTF-8") from None
-        self._tail = data[used:]
-        return text
+            self._fail(1007, f"{name} that is not UTF-8")
 
-    def _take_control(self, opcode, mask, size, length):
-        """Answer a control frame, if it is complete."""
-        end = size + length
-        if len(self.buffer) < end:
-            return None
-        payload = bytes(self.buffer[size:end])
-        del self.buffer[:end]
-        if mask:
-            payload = _xor(payload, mask)
+    def _take_control(self, opcode, payload):
+        """Answer a control frame.  5.5."""
         if opcode == _PING:
             self.output += self._encode_frame(_PONG, payload)
         elif opcode == _PONG:
             self.awaits_pong = False
         else:
-            self._take_close(payload)
-        return SKIPPED
-
-    def _take_close(self, payload):
-        """Note the peer's close frame and answer it.  5.5.1."""
-        code = int.from_bytes(payload[:2], "big") if payload else 1005
-        if len(payload) == 1 or (payload and not any(
-                code in codes for codes in _CLOSE_CODES)):
-            raise _Violation(1002, "a close frame with an invalid code")
-        try:
-            reason = payload[2:].decode()
-        except UnicodeDecodeError:
-            raise _Violation(1007,
-                             "a close reason that is not UTF-8") from None
-        self.closed = f"close frame {code} {_printable(reason)}".rstrip()
-        self.buffer.clear()
-        self._queue_close(code)
+            code = int.from_bytes(payload[:2], "big") if payload else 1005
+            if payload and not any(code in codes for codes in _CLOSE_CODES):
+                self._fail(1002, "a close frame with an invalid code")
+            reason, _ = self._decode(payload[2:], "a close reason")
+            self.closed = f"close frame {code} {_printable(reason)}".rstrip()
+            self.buffer.clear()
+            self._queue_close(code)
 
     amid = property(lambda self: self._kind is not None)
-    partial = property(lambda self: self.amid or bool(self.buffer))
+    partial = property(lambda self: bool(
+        self.amid or self._frame or self.buffer))
     pending = property(lambda self: len(self.buffer) + len(self._parts))
 
     def finish(self):
@@ -1667,9 +1627,9 @@ class WebSocketFraming(Framing):
 
     def ping(self):
         """Queue a ping frame, and with SIP the ping of RFC 5626 before it."""
-        if self._whole:  # not all phones answer it; their browser the frame
-            self.output += self.encode_text("\r\n\r\n")
-        self.output += self._encode_frame(_PING, b"")
+        if self.subprotocol == "sip":
+            self.output += self.encode_text("\r\n\r\n")  # not all answer it
+        self.output += self._encode_frame(_PING, b"")  # a browser does
 
     def _queue_close(self, code, reason=""):
         """Queue a close frame, once.  1005 stands for no code (7.1.5)."""
@@ -1749,7 +1709,6 @@ class TlsFraming(Framing):
         self.tls = context.wrap_bio(
             self._incoming, self._outgoing, server_side=not inner.client,
             server_hostname=server_hostname)
-        self._host = ""
         self._shaken = False  # the handshake is done
         # Words for the ProtocolError that follows what came before it; the
         # error itself would hold frames, and they this.
@@ -1772,7 +1731,7 @@ class TlsFraming(Framing):
 
     def begin(self, host):
         """Start the handshake."""
-        self._host = host
+        self.inner.begin(host)  # its bytes wait for the end of the handshake
         self._advance()
 
     def receive(self, data):
@@ -1789,7 +1748,6 @@ class TlsFraming(Framing):
             if not self._shaken:
                 self.tls.do_handshake()
                 self._shaken = True
-                self.inner.begin(self._host)
             while not self.closed:
                 data = self.tls.read(_LONGEST_RECORD)
                 if not data:
@@ -1822,29 +1780,25 @@ class TlsFraming(Framing):
 
     def _count_records(self, data):
         """Keep track of whether a record is incomplete (RFC 8446, 5.1)."""
-        at = 0
-        while at < len(data):
+        data = memoryview(data)
+        while data:
+            part = data[:self._left or 5 - len(self._head)]
+            data = data[len(part):]
             if self._left:
-                step = min(self._left, len(data) - at)
-                self._left -= step
+                self._left -= len(part)
             else:
-                step = 5 - len(self._head)
-                self._head += data[at:at + step]
-                if len(self._head) == 5:
-                    self._left = int.from_bytes(self._head[3:], "big")
-                    self._head = b""
-            at += step
+                self._head += part
+            if len(self._head) == 5:
+                self._left = int.from_bytes(self._head[3:], "big")
+                self._head = b""
 
     def next_message(self):
         """Return the next message of the inner framing."""
-        inner = self.inner
         try:
-            payload = inner.next_message()
+            payload = self.inner.next_message()
         finally:
-            if inner.output:
-                self._collect()
-        if inner.closed:
-            self.closed = inner.closed
+            self._collect()
+        self.closed = self.inner.closed or self.closed
         if payload is None and self._failure and not self.closed:
             raise ProtocolError(self._failure)
         return payload
@@ -1857,25 +1811,22 @@ class TlsFraming(Framing):
             raise ProtocolError("TLS truncated: FIN without close_notify")
         return self.inner.finish()
 
-    def _seal(self, data):
-        """Encrypt, unless OpenSSL has given up."""
-        for at in range(0, 0 if self._failure else len(data),
-                        _LONGEST_RECORD):
-            self.tls.write(data[at:at + _LONGEST_RECORD])
-            self.output += self._outgoing.read()  # as in receive()
-
     def _collect(self):
-        """Move the bytes to send to output."""
+        """Encrypt the inner framing's bytes, unless OpenSSL has given up."""
         if self.inner.output and self._shaken:
-            self._seal(bytes(self.inner.output))
+            data = bytes(self.inner.output)
             self.inner.output.clear()
-        if self._outgoing.pending:
-            self.output += self._outgoing.read()
+            for at in range(0, 0 if self._failure else len(data),
+                            _LONGEST_RECORD):
+                self.tls.write(data[at:at + _LONGEST_RECORD])
+                self.output += self._outgoing.read()  # as in receive()
+        self.output += self._outgoing.read()
 
     def _flush(self, data=b""):
         """Encrypt data; return the bytes to send, and forget them."""
-        self._seal(data)
-        data = bytes(self.output) + self._outgoing.read()
+        self.inner.output += data
+        self._collect()
+        data = bytes(self.output)
         self.output.clear()
         return data
 
@@ -1891,7 +1842,7 @@ class TlsFraming(Framing):
         """Return the inner framing's farewell and close_notify."""
         if self._shaken and not self._failure:
             with contextlib.suppress(self._ssl.SSLError):
-                self._seal(self.inner.farewell(reason))
+                self.output += self._flush(self.inner.farewell(reason))
                 self.tls.unwrap()
         return self._flush()
 

@@ -215,10 +215,8 @@ class Cause(NamedTuple):
         return (cls.of(reason) if reason == "eof"
                 else cls(reason, number, os.strerror(number)))
 
-    @property
-    def state(self):
-        """The answer of tcp_conid_state for a connection that it ends."""
-        return _REASONS[self.reason].state
+    state = property(lambda self: _REASONS[self.reason].state, doc=
+                     "The answer of tcp_conid_state for what it ends.")
 
 
 class Event(NamedTuple):
@@ -613,7 +611,7 @@ class TcpInfo(NamedTuple):
 # scales, flags), then 32-bit fields; the 12th is tcpi_last_data_recv and the
 # 13th tcpi_last_ack_recv, in milliseconds.
 _TCP_INFO = struct.Struct("=B x B B 4x 44x I I")
-_TCP_SYN_SENT, _TCP_CLOSE, _TCP_LISTEN = 2, 7, 10
+_TCP_CLOSE, _TCP_LISTEN = 7, 10
 _TCP_SHUT = (4, 5, 6, 9, 11)  #: our FIN was sent
 #: No byte can follow: TIME_WAIT, CLOSE, CLOSE_WAIT, LAST_ACK, CLOSING.
 _TCP_ENDED = (6, 7, 8, 9, 11)
@@ -845,6 +843,8 @@ class Framing:
     awaits_pong = False  #: True after a ping; set it to False at the pong
 
     def __init__(self, max_message, client, **pings):
+        if not pings.keys() <= {"ping_interval", "ping_timeout"}:
+            raise TypeError(f"no settings of a framing: {sorted(pings)}")
         for name, value in pings.items():  # functools.partial's, for example
             setattr(self, name, value)
         self.max_message = max_message  #: bytes; refuse a longer message
@@ -889,9 +889,8 @@ class Framing:
         """Return the bytes that send a text, here as UTF-8."""
         return self.encode(text.encode())
 
-    def refused(self):
-        """Return the end's detail, if the peer has refused the handshake."""
-        return None
+    #: Once, of a handshake: (the end's detail, *arguments of answered).
+    refused = lambda self: None
 
     def farewell(self, reason):
         """Return the last bytes to send, for one of REASONS; b"" next time."""
@@ -1206,6 +1205,7 @@ _REQUEST = re.compile(
     r"([/?][^#\0-\x20\x7f-\x9f]*|) HTTP/[0-9]\.[0-9]"
     rf"(?:\r\n{_TOKEN.pattern}:[^\0\r\n]*(?:\r\n[ \t][^\0\r\n]*)*){{0,100}}"
     r"\r\n\r\n")
+_PHRASES = {status.value: status.phrase for status in http.HTTPStatus}
 _CHUNK = re.compile(rb"([0-9A-Fa-f]{1,15})[^\r\n]*\r\n")
 _LISTS = r"(?ai)(?:.*,)?\s*%s\s*(?:,.*)?"
 _ABSENT = "\r\n"  #: stands for the value of a header that is not there
@@ -1248,25 +1248,13 @@ def _printable(text):
 
 
 def _check_fields(pairs):
-    """Raise ValueError for header fields that a program may not send."""
+    """Return header fields as a list; ValueError: they cannot be sent."""
+    pairs = list(pairs)
     for name, value in pairs:
         if (not isinstance(name, str) or not isinstance(value, (str, int))
                 or not _FIELD.fullmatch(f"{name!s}: {value!s}")):
             raise ValueError(f"not a header field: {name!r}: {value!r}")
-
-
-def _read_body(headers, data):
-    """Return (body, whether it is complete) of an answer.  RFC 9112, 6.3."""
-    length, body = headers.get("content-length", ""), b""
-    if "chunked" in headers.get("transfer-encoding", "").lower():
-        while (match := _CHUNK.match(data)) and (size := int(match[1], 16)):
-            body += data[match.end():][:size]
-            data = data[match.end() + size + 2:]
-        return body, bool(match)
-    if re.fullmatch("[0-9]{1,15}", length):
-        return data[:int(length)], len(data) >= int(length)
-    # It ends with the connection, unless that is to stay (9.3).
-    return data, "close" not in headers.get("connection", "close").lower()
+    return pairs
 
 
 class _Fields(Sequence):
@@ -1305,7 +1293,7 @@ class WebSocketFraming(Framing):
         self.opened = False
         self.subprotocol = None  #: the one agreed on
         self._key = None         # of a client's handshake
-        self._refusal = None     # the arguments of answered, and the detail
+        self._refusal = None     # (status, headers, the same as dict, detail)
         self._frame = None       # (opcode, final, mask) of what comes in
         self._left = 0           # bytes of it that have not come
         self._kind = None        # opcode of the message that comes in
@@ -1362,6 +1350,8 @@ class WebSocketFraming(Framing):
 
     def _shake_hands(self):
         """Take the other side's half of the handshake; SKIPPED or None."""
+        if self._refusal:
+            return self._take_body()
         while self.buffer.startswith(b"\r\n"):  # RFC 9112, 2.2
             del self.buffer[:2]
         _check_printable(self.buffer, "HTTP")
@@ -1399,8 +1389,10 @@ class WebSocketFraming(Framing):
             answer = answer, (), ""
         status, added, text = (answer if isinstance(answer, tuple)
                                else (403, (), str(answer)))
-        _check_fields(added)
+        added = _check_fields(added)
         if status != 101:
+            if not 200 <= status <= 599:
+                raise ValueError(f"not the status of a refusal: {status!r}")
             self._refuse(text, status, added)
         self._keep(_REQUEST_RULES, headers)
         offered = headers.get("sec-websocket-protocol", "").split(",")
@@ -1421,15 +1413,16 @@ class WebSocketFraming(Framing):
     def _refuse(self, text, status=400, added=()):
         """Raise ProtocolError; a server queues an answer first."""
         body, old = text.encode("utf-8", "surrogateescape"), status == 426
-        start = f"{status:d} {http.HTTPStatus(status).phrase}"
+        bare = status in (204, 304)  # RFC 9110, 15.3.5 and 15.4.5
+        start = f"{status:d} {_PHRASES.get(status, '')}"
         if not self.client:
             self._say_http(f"HTTP/1.1 {start}", {
                 "Upgrade": "websocket" if old else None,
                 "Sec-WebSocket-Version": "13" if old else None,
                 "Connection": "Upgrade, close" if old else "close",
                 "Content-Type": "text/plain; charset=utf-8" if body else None,
-                "Content-Length": None if status == 204 else len(body),
-            }, added, b"" if self.buffer.startswith(b"HEAD ") else body)
+                "Content-Length": None if bare else len(body),
+            }, added, b"" if bare or self.buffer[:5] == b"HEAD " else body)
         raise ProtocolError(
             f"{self.handshake} failed: {_printable(text[:200]) or start}")
 
@@ -1451,11 +1444,9 @@ class WebSocketFraming(Framing):
         elif 100 <= status < 200:
             return False  # another one will follow: RFC 9110, 15.2
         elif status:
-            data = bytes(self.buffer[len(head):])
-            body, complete = _read_body(headers, data)
-            self._refusal = status, pairs, body[:_LONGEST_HEAD], says
-            if not complete and len(data) <= _LONGEST_HEAD:
-                return None
+            self._refusal = status, pairs, headers, says
+            del self.buffer[:len(head)]
+            return self._take_body()
         self._keep((
             (":start", r"HTTP/1\.1 101( .*)?", says),
             ("upgrade", "(?ai)websocket", "Upgrade must be websocket"),
@@ -1470,12 +1461,46 @@ class WebSocketFraming(Framing):
         self._agree(headers.get("sec-websocket-protocol") or None)
         return True
 
+    def _take_body(self):
+        """Refuse, too, once a refusal's body has come, or 16 kB of it."""
+        _, _, headers, says = self._refusal
+        if "chunked" in headers.get("transfer-encoding", "").lower():
+            complete = self._take_chunks()
+        else:
+            self._parts += self.buffer
+            self.buffer.clear()
+            length = re.fullmatch("0*([0-9]{1,9})",
+                                  headers.get("content-length", ""))
+            # Without one it ends with the connection, if that is to end (9.3).
+            complete = (len(self._parts) >= int(length[1]) if length
+                        else "close" not in headers.get(
+                            "connection", "close").lower())
+            del self._parts[int(length[1]) if length else _LONGEST_HEAD + 1:]
+        if complete or len(self._parts) + len(self.buffer) > _LONGEST_HEAD:
+            self._refuse(says)
+
+    def _take_chunks(self):
+        """Take the chunks that have come; return whether the last has."""
+        while self._left or (match := _CHUNK.match(self.buffer)):
+            if not self._left:
+                self._left = int(match[1], 16) + 2  # and the CR LF behind it
+                del self.buffer[:match.end()]
+                if self._left == 2:
+                    return True
+            part = self.buffer[:self._left]
+            del self.buffer[:len(part)]
+            self._parts += part
+            self._left -= len(part)
+            if self._left:
+                break
+            del self._parts[-2:]
+        return False
+
     def refused(self):
-        """Report a refusal to answered; return the end's detail, or None."""
+        """Return None or, once, a refusal's detail and answered's three."""
         refusal, self._refusal = self._refusal, None
-        if refusal:
-            self.answered(*refusal[:3])
-        return refusal and f"{self.handshake} failed: {refusal[3]}"
+        return refusal and (f"{self.handshake} failed: {refusal[3]}",
+                            *refusal[:2], bytes(self._parts[:_LONGEST_HEAD]))
 
     def next_message(self):
         """Return the next message, str or bytes; SKIPPED or None if none."""
@@ -1961,6 +1986,15 @@ def _of_pings(conn, awaits):
                               else messages.inner.ping_interval)
 
 
+def _no_pong(conn, now):
+    """Put it off while the bytes ahead of our ping are being acknowledged."""
+    messages, left = conn.messages, conn.unacknowledged()
+    if left and left < messages.ahead:
+        messages.ahead, messages.silent = left, now
+        return None
+    return f"no pong in {messages.inner.ping_timeout:.9g} s"
+
+
 #: The kinds of deadline.  Of several that have come the earliest fires.
 DEADLINES = types.MappingProxyType({
     "connect": Deadline(
@@ -1990,8 +2024,7 @@ DEADLINES = types.MappingProxyType({
         lambda conn, now: conn.ping()),
     "pong": Deadline(
         (_OPEN,), lambda conn: _of_pings(conn, True), "keepalive",
-        errno.ETIMEDOUT, lambda conn, now:
-        f"no pong in {conn.messages.inner.ping_timeout:.9g} s"),
+        errno.ETIMEDOUT, _no_pong),
     "lifetime": Deadline(
         (_CONNECTING, _OPEN),
         lambda conn: max(conn.renewed, conn.active) + conn.lifetime,
@@ -2762,7 +2795,6 @@ class Reactor:
 # one record of that, which costs each a pointer.
 
 _RECV_SIZE = 65536  #: Bytes asked of one recv(): one turn of one connection
-_PINGS = ("ping_interval", "ping_timeout")  #: numbers of a framing
 
 
 class Settings(NamedTuple):
@@ -2836,9 +2868,12 @@ class Plan:
         if not isinstance(inner, Framing):
             raise TypeError(f"{self.name} must return a Framing,"
                             f" not {reprlib.repr(inner)}")
-        for name in _PINGS if inner.ping_interval != NEVER else ():
-            setattr(inner, name, _number(getattr(inner, name), name, 0.001,
-                                         _MAX_SECONDS))
+        if inner.ping_interval != NEVER:
+            if not hasattr(inner, "ping"):
+                raise ValueError(f"framing {self.name} has no pings")
+            for name in ("ping_interval", "ping_timeout"):
+                setattr(inner, name, _number(getattr(inner, name), name, 0.001,
+                                             _MAX_SECONDS))
         if self.context is None:
             return inner
         return _LAYERS["tls"](self.context, self.server_hostname, inner)
@@ -3009,7 +3044,8 @@ class Opening:
 class Messages:
     """The framing of a connection: turns its bytes into messages."""
 
-    __slots__ = ("conn", "framing", "inner", "waiting", "deadline", "silent")
+    __slots__ = ("conn", "framing", "inner", "waiting", "deadline", "silent",
+                 "ahead")
 
     def __init__(self, conn, framing):
         self.conn, self.framing = conn, framing
@@ -3018,6 +3054,7 @@ class Messages:
         self.waiting = False    #: the rest of them waits for the next turn
         self.deadline = NEVER   #: of a message that is incomplete
         self.silent = NEVER     #: since when: the peer's last byte, our ping
+        self.ahead = 0          #: bytes in the kernel, ahead of our ping
 
     def ask(self, call, *args):
         """Call the framing, nothing of ours; return the answer, or _FAILED."""
@@ -3482,6 +3519,7 @@ class Connection:
         # For the next one: the pong may come long before its time is over.
         self.plan.reactor.arm(self, now + messages.inner.ping_interval)
         if self.queue is None:
+            messages.ahead = self.unacknowledged() or 0
             messages.inner.awaits_pong = True
             messages.ask(lambda: messages.inner.ping())
             messages.deliver()  # which sends what the framing has queued
@@ -3601,8 +3639,11 @@ class Connection:
             self.plan.reactor.deadlines.disarm(self)
             return  # work() reads the rest, and comes back
         if self.messages is not None and not self.opened:
-            words = self.messages.ask_last(lambda it: it.refused(), None)
-            cause = cause if words is None else Cause("protocol", None, words)
+            refusal = self.messages.ask_last(lambda it: it.refused(), None)
+            if refusal is not None:
+                cause = Cause("protocol", None, refusal[0])
+                self.messages.ask_last(lambda _: self.messages.inner.answered(
+                    *refusal[1:]), None)
         if cause.errno == errno.ETIMEDOUT and self.icmp is not None:
             # As the kernel would have said, had no probe asked before.
             (number, when), info = self.icmp, tcp_info(self.sock)
@@ -3835,9 +3876,7 @@ class Listener:
                 self, f"accepts nothing for now: {error.strerror}")
         elif error.errno in _BROKEN:
             self._give_up(error)
-        else:
-            if error.errno not in _NOT_NOW:  # of a peer, which is gone
-                log.debug("accept: %s", error.strerror)
+        else:  # none waits, or that one is gone
             return False
         return True
 
@@ -4096,7 +4135,7 @@ class SpecFunctions:
         """Close a connection, or a listener.
 
         Its queue is sent first, within send_timeout.  The state is NOT_FOUND
-        at once.  FAILURE if an RST or a refusal came before: that is why, then.
+        at once.  FAILURE if an RST or a refusal came before: that is why then.
         """
         conn = self._known(conid)
         if isinstance(conn, Listener):
@@ -4319,7 +4358,7 @@ class TcpOps(SpecFunctions):
         lets the system choose: see connection(conid).Rp.  Of a name's
         addresses the first is bound, the others are logged.  Raises OSError.
         """
-        where = Host.of(host or "0.0.0.0", port)[:2]
+        where = Host.of("0.0.0.0" if host == "" else host, port)[:2]
         plan = self._plan("accept", framing, tls)
         trial = plan.build()
         self._check_taking(room=False)
@@ -4596,7 +4635,6 @@ class TcpOps(SpecFunctions):
                     held.popitem()[1].sock.close()
         self._table.sockets = 0
         self._reactor.abandon()
-
 
 # ---------------------------------------------------------------------------
 # 21. The command line

@@ -6026,10 +6026,23 @@ class TestRequestHead:
         client, _ = client_of(answered=lambda self, *args: heard.append(args))
         feed(client, b"HTTP/1.1 401 No\r\nTransfer-Encoding: chunked\r\n\r\n")
         with pytest.raises(tcpops.ProtocolError, match="401 No"):
-            for _ in range(200):
-                feed(client, b"1;%s\r\nx\r\n" % (b"e" * 95))
-        assert 16384 < client.pending < 16700
-        assert client.refused() is not None and len(heard[0][2]) > 100
+            for _ in range(20000):
+                feed(client, b"1;%s\r\nx\r\n" % (b"e" * 9))
+                assert len(client._parts) + len(client.buffer) < 16700
+        assert client.refused()[1:] == (
+            401, [("transfer-encoding", "chunked")], b"x" * 16384)
+
+    @pytest.mark.parametrize("size", [1, 2, 5, 1000])
+    def test_chunks_in_pieces(self, size):
+        """Each byte is looked at once, however it comes."""
+        client, _ = client_of()
+        data = (b"HTTP/1.1 401 No\r\nTransfer-Encoding: gzip, chunked\r\n\r\n"
+                b"3;a=b\r\nabc\r\n0A\r\n0123456789\r\n0\r\n\r\n")
+        with pytest.raises(tcpops.ProtocolError, match="401 No"):
+            for i in range(0, len(data), size):
+                feed(client, data[i:i + size])
+        assert client.refused()[3] == b"abc0123456789"
+        assert client.refused() is None
 
     @pytest.mark.parametrize("answer", [
         b"HTTP/2 401 No\r\n\r\n", b"HTTP/1.1 4011 No\r\n\r\n",
@@ -12208,7 +12221,8 @@ class TestPings:
 
     def test_a_ping_that_raises(self, make_world, clock, logged):
         world = make_world(clock=clock, framing=type(
-            "Mute", (tcpops.LineFraming,), {"ping_interval": 30}))
+            "Mute", (tcpops.LineFraming,), {
+                "ping_interval": 30, "ping": lambda self: self.ping_who}))
         _, conid = world.client()
         self.pass_time(world, 30)
         event = world.end(conid)

@@ -1,8 +1,8 @@
 """What tcpops costs, beside its peers, on this machine.
 
-    python examples/bench.py --quick        under a minute
-    python examples/bench.py                three minutes, as in README.md here
-    python examples/bench.py --only echo,memory --json
+    python3 examples/bench.py --quick        under a minute
+    python3 examples/bench.py                three minutes, as in README.md
+    python3 examples/bench.py --only echo,memory --json
 
 Peers are asyncio, and uvloop, Twisted and websockets where they are installed
 (pip install uvloop twisted websockets).  Each server is a process of its own
@@ -680,8 +680,8 @@ class Bench:
                         env={**os.environ, "PYTHONPYCACHEPREFIX": cache,
                              "PYTHONDONTWRITEBYTECODE": ""})
                     found[name].append((time.perf_counter() - start) * 1000)
-        self.add("python -m tcpops --version", found, "ms", ("imports", 1.3),
-                 note="as a script: python tcpops.py, which Python compiles"
+        self.add("python3 -m tcpops --version", found, "ms", ("imports", 1.3),
+                 note="as a script: python3 tcpops.py, which Python compiles"
                  " anew each time")
 
 

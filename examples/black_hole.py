@@ -1,6 +1,8 @@
 """Connecting to where no one answers, and to where no one listens.
 
-    python examples/black_hole.py [--slow]
+    python3 examples/black_hole.py [--slow]
+
+With --slow each limit takes ten times as long.
 
 Prints:
     connecting to a port on which no one listens

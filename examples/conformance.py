@@ -1,9 +1,9 @@
 """Conformance: the specification's demands, and what systems really answer.
 
-    python examples/conformance.py                  tcpops beside Kamailio
-    python examples/conformance.py --only 3.5       one section of it
-    python examples/conformance.py --markdown       the table for a document
-    python examples/conformance.py --must-pass mine \
+    python3 examples/conformance.py                  tcpops beside Kamailio
+    python3 examples/conformance.py --only 3.5       one section of it
+    python3 examples/conformance.py --markdown       the table for a document
+    python3 examples/conformance.py --must-pass mine \
         --system mine=192.0.2.1:5060 --system mine:never=192.0.2.1:5061 \
         --system mine:manual=192.0.2.1:5062         another system
 
@@ -85,6 +85,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 from pathlib import Path
@@ -2010,6 +2011,17 @@ def show_text(lines):
             line, widths)).rstrip())
 
 
+def show_paragraphs(lines):
+    """Print each line but the first as a paragraph, for a terminal."""
+    _, *names, _ = lines[0]
+    for what, *answers, why in lines[1:]:
+        print(textwrap.fill(what, 79))
+        for text in [*map(": ".join, zip(names, answers)), why]:
+            print(textwrap.fill(text, 79, initial_indent="    ",
+                                subsequent_indent="    "))
+        print()
+
+
 def show_markdown(lines):
     lines = [[cell.replace("|", "\\|").replace(
                 "<", "&lt;").replace(">", "&gt;") for cell in line]
@@ -2084,7 +2096,8 @@ def parser():
     parser.add_argument("--list", action="store_true",
                         help="print the scenarios and play none")
     parser.add_argument("--differences", action="store_true",
-                        help="print the table of differences and play nothing")
+                        help="print the differences and play nothing; with"
+                        " --markdown as a table")
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--markdown", action="store_true",
                      help="print a Markdown table")
@@ -2143,6 +2156,7 @@ def main():
     if options.json and (options.list or options.differences):
         parser().error("--json is for answers")
     if options.differences:
+        show = show_markdown if options.markdown else show_paragraphs
         show(differences())
         return 0
     scenarios = [one for one in SCENARIOS if not options.only or any(

@@ -1,6 +1,6 @@
 """A shorter file: tcpops.py without the sections that you do not need.
 
-    python examples/cut.py sip ws tls cli > small.py
+    python3 examples/cut.py sip ws tls cli > small.py
 
 Four sections can be left out, in any choice: sip, ws (WebSocket), tls and cli
 (the command line).  The rest works as before, and a framing that was cut out

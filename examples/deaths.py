@@ -1,9 +1,10 @@
 """Thirteen ways in which a TCP connection ends, one after the other.
 
-    python examples/deaths.py                 all, and a table of them
-    python examples/deaths.py --slow          a second between steps
-    python examples/deaths.py --only vanish   one; or several: fin,rst
-    python examples/deaths.py --kernel        the kernel's record, too (root)
+    python3 examples/deaths.py                 all, and a table of them
+    python3 examples/deaths.py --slow          a second between steps
+    python3 examples/deaths.py --step          Enter goes on to the next step
+    python3 examples/deaths.py --only vanish   one; or several: fin,rst or 1,3
+    python3 examples/deaths.py --kernel        the kernel's record, too (root)
 
 Each death has three twins: connections to which the same thing happens at the
 same time.  Asking a socket takes its error away, so one twin is there to be
@@ -11,9 +12,10 @@ asked: poll(), TCP_INFO, SO_ERROR and MSG_PEEK, in this order.  The second one
 belongs to a bare asyncio Protocol, the third to tcpops; their rows show all
 that the program is told.  In front are the seconds since the last act.
 
-poll() says IN (something can be read, if only the end), OUT (there is room to
-send), RDHUP (a FIN has come), HUP (both directions are over) and ERR.  For
-MSG_PEEK, EAGAIN means: no data, and no end.
+poll() says IN (something can be read, if only the end), OUT (send would not
+wait), RDHUP (nothing more will come), HUP (both directions are over) and ERR.
+TCP_INFO counts the segments that our kernel has sent again.  For MSG_PEEK,
+EAGAIN means: no data, and no end.
 """
 
 import argparse
@@ -21,7 +23,10 @@ import asyncio
 import contextlib
 import errno
 import itertools
+import math
 import os
+import select
+import shutil
 import socket
 import struct
 import sys
@@ -37,6 +42,9 @@ from vanish import full_backlog, go_there, pair, vanish
 now = time.monotonic
 GRACE = 0.2  #: seconds that the other twins have after the end of ours
 DRIP = 0.2   #: seconds between bytes of a peer that sends again and again
+STEP = math.inf  #: seconds between steps: until Enter is pressed
+#: Columns of a slide; the table at the end is always that of the widest.
+WIDTH = max(60, min(98, shutil.get_terminal_size((98, 24)).columns))
 
 
 # -- the deaths --------------------------------------------------------------
@@ -104,6 +112,11 @@ def answer(asked, *_):
     return f"answer: an RST comes back, SO_ERROR {asked.ask()['SO_ERROR']}"
 
 
+def ask_again(asked, *_):
+    """Ask a socket whose error has been taken."""
+    return ", ".join(" ".join(answer) for answer in asked.ask().items())
+
+
 def both_heard(_, bare, ours):
     return f"asyncio's peer read {bare.heard}; the peer of tcpops {ours.heard}"
 
@@ -129,19 +142,27 @@ class Death(NamedTuple):
     framing: str = "raw"
     target: Callable = None     #: makes what we connect to; else we are
 
+    @property
+    def vanishes(self):
+        """Whether the peer does, which is not to be had everywhere."""
+        return self.name.startswith("vanish")
+
 
 CLOCK = "1 s of silence, 1 probe, 1 s for its answer"
 DEATHS = [
     Death("fin", "FIN", "closes its socket", act=close, after=answer,
           means="A FIN says: I send no more.  Whether anyone still reads, only"
-                " an answer can show."),
+                " sending to it can show."),
     Death("half-close", "Half-close", "shuts down its sending half, and goes"
           " on reading", act=half_close, after=answer,
           means="The same segment, and so the same report.  But this peer"
-                " still reads."),
-    Death("rst", "RST", "resets the connection", act=reset,
+                " still reads.  asyncio closes here, unless eof_received()"
+                " returns True."),
+    Death("rst", "RST", "resets the connection", act=reset, after=ask_again,
           means="An RST ends both directions.  The error is there once:"
-                " SO_ERROR took it, and MSG_PEEK shows a clean end of file."),
+                " SO_ERROR took it, and MSG_PEEK shows a clean end of file."
+                "  TCP_INFO (CLOSE) and poll (HUP) contradict that; but which"
+                " error it was, they do not know."),
     Death("rst-behind-data", "RST behind unread data", "sends 4 bytes, and"
           " resets the connection", act=data_and(reset),
           means="MSG_PEEK shows the data as if nothing had happened.  Data"
@@ -149,35 +170,37 @@ DEATHS = [
     Death("fin-behind-data", "FIN behind unread data", "sends 4 bytes, and"
           " closes its socket", act=data_and(close),
           means="MSG_PEEK shows the data, and hides the FIN behind it."
-                "  TCP_INFO knows: CLOSE_WAIT."),
+                "  poll (RDHUP) and TCP_INFO (CLOSE_WAIT) know."),
     Death("vanish", "Vanished while idle", "vanishes: its kernel drops"
           " whatever comes in", act=drop, we=f"turn keepalive on: {CLOCK}",
           do=lambda twin: twin.keepalive(),
           means="Nothing comes in, so nothing is noticed unless one asks."
                 "  Keepalive asks; no answer is ETIMEDOUT."),
-    Death("vanish-in-flight", "Vanished with data in flight", "vanishes: its"
-          " kernel drops whatever comes in", act=drop,
-          we=f"send 1 byte; keepalive: {CLOCK}",
-          do=lambda twin: (twin.send(b"x"), twin.keepalive()),
-          means="With data in flight the kernel does not probe, it repeats the"
-                " data: for 15 minutes.  tcpops keeps keepalive's promise by a"
-                " clock of its own."),
+    # Its silence begins with our second byte: --slow does not prolong it.
+    Death("vanish-in-flight", "Vanished with data in flight", "acknowledges"
+          " our first byte, and vanishes: its kernel drops whatever comes in",
+          we=f"send two bytes; keepalive: {CLOCK}",
+          do=lambda twin: (twin.send(b"x"), drop(twin), twin.send(b"x"),
+                           twin.keepalive()),
+          means="With data in flight the kernel does not probe; it repeats the"
+                " data, for some 15 minutes.  tcpops keeps keepalive's promise"
+                " by a clock of its own."),
     Death("shut-window", "Shut window", "lives, but reads nothing",
           we="send 8 MB; send_timeout is 1 s",
           do=lambda twin: twin.send(bytes(1 << 23)),
-          means="The peer's kernel answers each probe: alive, but no room."
+          means="The peer's kernel answers probes: alive, but no room."
                 "  Our kernel would wait for ever; only a limit of our own"
                 " ends it."),
     Death("refused", "Refused", "does not listen", target=nowhere,
           we="connect", do=lambda twin: twin.connect(),
           means="An RST answers our SYN: the machine lives, but no program"
-                " listens on that port."),
+                " listens on that port (or a firewall refuses)."),
     Death("black-hole", "Black hole", "does not answer: its backlog is full,"
           " so its kernel drops our SYN", target=lambda: full_backlog()[0],
           we="connect; connect_timeout is 1.5 s",
           do=lambda twin: twin.connect(),
           means="No answer is no error.  The kernel repeats its SYN for a"
-                " minute or two, and asking shows nothing wrong."),
+                " minute or two, and there is no error to ask for."),
     Death("drip", "Dripping message", "sends a byte every 0.2 s, but no end"
           " of its line; message_timeout is 1 s", act=drip, again=drip,
           framing="line",
@@ -185,8 +208,8 @@ DEATHS = [
                 " out.  message_timeout counts from the first byte."),
     Death("lifetime", "Lifetime", "lives, and is silent",
           we="set its lifetime to 1 s", do=set_lifetime,
-          means="Nothing is wrong with this connection.  It is idle for longer"
-                " than we want."),
+          means="Nothing is wrong with this connection.  It has been idle for"
+                " longer than we allow."),
     Death("own-close", "Our own close while the peer sends", "sends a byte"
           " every 0.2 s until it hears of the end", act=drip, again=talk,
           we="send b'bye', and close (the one that is asked: shut down)",
@@ -217,10 +240,18 @@ async def turn(twins, seconds, enough=lambda: False, again=None):
         await asyncio.sleep(0.001)
 
 
+async def pause(twins, seconds):
+    """Let time pass between two steps, or wait until Enter is pressed."""
+    await turn(twins, seconds, lambda: seconds == STEP and select.select(
+        [0], [], [], 0)[0])
+    while seconds == STEP and os.read(0, 1) not in (b"\n", b""):
+        pass
+
+
 def row(who, what, seconds=None):
     """Print one row of a slide."""
     when = "" if seconds is None else f"{seconds:.3f} s"
-    print(textwrap.fill(what, 98, initial_indent=f"{when:>8}  {who:8}  ",
+    print(textwrap.fill(what, WIDTH, initial_indent=f"{when:>8}  {who:8}  ",
                         subsequent_indent=" " * 20), flush=True)
 
 
@@ -260,7 +291,7 @@ def made(death, files):
     return twins
 
 
-async def happen(death, twins, pause, kernel):
+async def happen(death, twins, slow, kernel):
     """Announce and do what is done, and wait for the end; return when the
     last act was.
     """
@@ -268,7 +299,7 @@ async def happen(death, twins, pause, kernel):
                             ("we", death.we, death.do)):
         if words:
             row(who, words)
-            await turn(twins, pause)
+            await pause(twins, slow)
             if kernel:
                 kernel.take()
             since = now()
@@ -280,72 +311,95 @@ async def happen(death, twins, pause, kernel):
     return since
 
 
-async def show(death, pause, kernel):
+async def show(death, slow, kernel):
     """Let three twins die, and show what is known; return the table's row."""
     with contextlib.ExitStack() as files:
         asked, bare, ours = twins = made(death, files)
         await turn(twins, 0.02)  # asyncio takes its socket over
-        since = await happen(death, twins, pause, kernel)
+        since = await happen(death, twins, slow, kernel)
         seconds, answers = now() - since, asked.ask()
         facts = kernel.take()[ours.event.Rp, ours.event.sp] if kernel else ()
+        if slow == STEP:
+            row("?", "What will SO_ERROR say?")
+            await pause(twins, slow)
         for who, what in answers.items():
             row(who, what, seconds if who == "poll" else None)
         for who, twin in ("asyncio", bare), ("tcpops", ours):
-            await turn(twins, pause)
+            await pause(twins, slow)
             row(who, "; ".join(counted(twin.told)) or "nothing",
                 twin.at and twin.at - since)
+        if kernel:
+            row("kernel", "(of tcpops' socket)")
         for when, words in recorded(facts, since):
             row("kernel", words, when)
-        await turn(twins, pause)
+        await pause(twins, slow)
         if death.after:
-            row("we" if death.after is answer else "peer",
+            row({answer: "we", ask_again: "again"}.get(death.after, "peer"),
                 death.after(*twins))
-        print(textwrap.indent(textwrap.fill(death.means, 88), " " * 10),
-              flush=True)
-        await turn(twins, pause)
+        print(textwrap.indent(textwrap.fill(death.means, WIDTH - 10),
+                              " " * 10), flush=True)
+        await pause(twins, slow)
     return [death.name, answers["poll"], answers["TCP_INFO"].split(",")[0],
             answers["SO_ERROR"], answers["MSG_PEEK"], bare.outcome,
             ours.event.reason]
 
 
-async def run(deaths, pause=0, kernel=None, missing=""):
-    """Show deaths, and a table of them if there are several."""
+async def run(deaths, slow=0, kernel=None, missing=""):
+    """Show deaths, and a table of them if there are several; return whether
+    any was shown.
+    """
     table = [["", "poll", "TCP_INFO", "SO_ERROR", "MSG_PEEK", "asyncio",
               "tcpops"]]
     for death in deaths:
         print(f"\n{DEATHS.index(death) + 1:8}  {death.title}", flush=True)
-        if missing and death.act is drop:
+        if missing and death.vanishes:
             row("left out", missing)
         else:
-            table.append(await show(death, pause, kernel))
+            table.append(await show(death, slow, kernel))
     print()
     if table[2:]:
         for cells in table:
             print("{:17}{:21}{:13}{:13}{:13}{:13}{}".format(*cells))
         print(" " * 17 + "asyncio: the error that connection_lost() is given,"
               " or that is raised")
+    return table[1:] != []
+
+
+def chosen(text):
+    """Return the names of the deaths that --only names, or numbers."""
+    names = [death.name for death in DEATHS]
+    words = [word.strip().lower() for word in text.split(",")]
+    for number, name in enumerate(names, 1):
+        words = [name if word == str(number) else word for word in words]
+    for word in words:
+        if word not in names:
+            raise argparse.ArgumentTypeError(
+                f"no death is called {word!r}; the names are"
+                f" {', '.join(names)}")
+    return words
 
 
 def main():
     names = [death.name for death in DEATHS]
     parser = argparse.ArgumentParser(
-        usage="deaths.py [--slow] [--only NAME[,NAME]] [--kernel]",
+        usage="deaths.py [--slow | --step] [--only NAME[,NAME]] [--kernel]",
         description=__doc__, epilog=textwrap.fill(
             f"The names: {', '.join(names)}.", 79),
         formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--slow", action="store_true",
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument(
+        "--slow", dest="slow", action="store_const", const=1, default=0,
         help="a second between steps; each act is announced before")
-    add("--only", metavar="NAMES", type=lambda text: text.split(","),
-        default=names, help="these deaths alone")
+    how.add_argument(
+        "--step", dest="slow", action="store_const", const=STEP,
+        help="wait for Enter instead; and ask what SO_ERROR will say")
+    add = parser.add_argument
+    add("--only", metavar="NAMES", type=chosen, default=names,
+        help="these deaths alone, by name or number")
     add("--kernel", action="store_true",
         help="also what the kernel recorded of the third twin; needs root")
     parser.error = lambda text: parser.exit(2, f"deaths.py: {text}\n")
     options = parser.parse_args()
-    for name in options.only:
-        if name not in names:
-            parser.error(f"no death is called {name!r}; the names are"
-                         f" {', '.join(names)}")
     if not LINUX:
         parser.error("this needs Linux")
     deaths = [death for death in DEATHS if death.name in options.only]
@@ -358,16 +412,16 @@ def main():
         except OSError as error:
             parser.error(f"--kernel needs root, Linux and tracefs: {error}")
         try:
-            if any(death.act is drop for death in deaths):
+            if any(death.vanishes for death in deaths):
                 go_there()
         except OSError as error:
             missing = f"it needs root, or unshare -Urn: {error}"
-        asyncio.run(run(deaths, int(options.slow), kernel, missing))
+        return not asyncio.run(run(deaths, options.slow, kernel, missing))
 
 
 if __name__ == "__main__":
     try:
-        main()
+        sys.exit(main())
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # of "| head", say

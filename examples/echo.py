@@ -1,7 +1,7 @@
 """The smallest server: each connection gets a conid, its bytes come back.
 
-    python examples/echo.py [--slow]
-    python examples/echo.py --listen 127.0.0.1:5060    stays up; then try
+    python3 examples/echo.py [--slow]
+    python3 examples/echo.py --listen 127.0.0.1:5060    stays up; then try
     nc 127.0.0.1 5060
 
 Prints:

@@ -1,6 +1,6 @@
 """Another event loop drives it: asyncio, by fileno() and next_deadline().
 
-    python examples/embed.py [--slow]
+    python3 examples/embed.py [--slow]
 
 Prints:
     asyncio's client got b'HELLO'

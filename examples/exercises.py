@@ -1,8 +1,8 @@
 """Ten exercises of rising difficulty, and a check for each.
 
-    python examples/exercises.py                     lists them
-    python examples/exercises.py 3 > my_answer.py    the task of the third
-    python examples/exercises.py 3 my_answer.py      is that right?
+    python3 examples/exercises.py                     lists them
+    python3 examples/exercises.py 3 > my_answer.py    the task of the third
+    python3 examples/exercises.py 3 my_answer.py      is that right?
 
 A task is a Python file: its docstring says what to write, and a skeleton
 follows, which is wrong.  The check (exercises_checks.py) runs the answer
@@ -108,7 +108,8 @@ A host without power sends neither FIN nor RST.  Write watch(ops, limit, gone).
 It prepares a TcpOps that is to listen: gone(conid) is called, once, for each
 peer that has vanished, when it has been silent for `limit` seconds at the most
 (a whole number, 2 or more).  A peer that is silent, but there, stays
-connected.  One that has sent FIN or RST has not vanished.
+connected until its lifetime is over; it has not vanished then, either.  Nor
+has one that has sent FIN or RST, or whose connection we end.
 """, """
 def watch(ops, limit, gone):
     @ops.event_route("tcp:opened")
@@ -268,7 +269,7 @@ def task(number):
     one = EXERCISES[number - 1]
     return (f'"""Exercise {number}: {one.title}\n{one.task}\n'
             f"To read: {place(one.read)}\n"
-            f"To check: python examples/exercises.py {number} my_answer.py\n"
+            f"To check: python3 examples/exercises.py {number} my_answer.py\n"
             f'"""\n{one.skeleton}')
 
 # -- the process of an answer -------------------------------------------------

@@ -296,8 +296,29 @@ def watch(answer):
             server = Server(answer, limit, print)
             peer = server.client()
             keepalive = server.ops.connection(server.conid(peer)).keepalive
-            demand(keepalive and keepalive.limit <= limit, keepalive and
-                   f"{keepalive} takes {keepalive.limit} s" or "it has none")
+            demand(keepalive, "you have set none")
+            demand(keepalive.limit <= limit, "the keepalive that you set needs"
+                   f" {keepalive.limit} s: {keepalive}")
+    with world("watch(ops, 2, gone), and three peers that are there"):
+        demand_kept(answer)
+
+
+def demand_kept(answer):
+    """Raise Wrong if gone() is called for peers that have not vanished."""
+    told = []
+    server = Server(answer, 2, told.append, connection_lifetime=0.6,
+                    send_timeout=0.3, max_write_buffer=1 << 24)
+    idle, deaf, closed = (server.client(small=True) for _ in range(3))
+    conids = {server.conid(peer): what for peer, what in (
+        (idle, "that was silent for a lifetime of 0.6 s"),
+        (deaf, "that has read nothing for a send_timeout of 0.3 s"),
+        (closed, "whose connection we have closed"))}
+    server.ops.send(server.conid(deaf), bytes(1 << 23))
+    server.ops.tcp_close_connection(server.conid(closed))
+    server.until(lambda: told or not server.ops.connections(), 1.5)
+    for conid in told[:1]:
+        raise Wrong("gone() was called for a peer that is there: one"
+                    f" {conids.get(conid, 'of another connection')}")
 
 
 def rooms(answer):
@@ -403,7 +424,9 @@ def answer_and_close(answer):
             demand(not reads or peer.heard == data and peer.end == "FIN",
                    f"the peer got {len(peer.heard):,} of {len(data):,} bytes,"
                    f" then {peer.end or 'nothing more'}")
-            demand(took < limit + 0.5, f"it returned after {took:.1f} s")
+            drips = "; its peer drips" if "keeps" in what else ""
+            demand(took < limit + 0.5, f"it returned after {took:.1f} s;"
+                   f" {limit} s is right{drips}")
             demand(result is closes, f"it returned {result!r}")
             demand(sock.fileno() < 0, "the socket is not closed")
 
@@ -477,9 +500,10 @@ def forwarder(answer):
             peer.say(data)
             peer.sock.close()
             server.until(lambda: other.look().end)
-            demand(other.heard == data and other.end, f"{others} got"
-                   f" {len(other.heard):,} of them, then"
-                   f" {other.end or 'no FIN'}")
+            got = ("all 50,000" if other.heard == data else
+                   f"{len(other.heard):,} of them")
+            demand(other.heard == data and other.end,
+                   f"{others} got {got}, then {other.end or 'no FIN'}")
         with world(f"{name} sends RST"):
             ends = server.ends()
             ends[side].reset()

@@ -1,17 +1,20 @@
 """The facts about Linux on which tcpops.py rests, each tried on this kernel.
 
-    python examples/facts.py
-    unshare -Urnm python examples/vanish.py python examples/facts.py  # no root
+    python3 examples/facts.py
+    unshare -Urnm python3 examples/vanish.py python3 examples/facts.py
 
 Prints the section, whether the fact holds, and what this kernel showed: of a
 socket the state (1 ESTABLISHED, 2 SYN_SENT, 7 CLOSE, 8 CLOSE_WAIT, 10 LISTEN),
-SO_ERROR read twice, and MSG_PEEK.  The status is 1 if a fact does not hold.
+SO_ERROR read twice, and recv, which only looks (MSG_PEEK).  The status is 1 if
+a fact does not hold.
 """
 
 import errno
+import os
 import selectors
 import socket
 import struct
+import sys
 import timeit
 from pathlib import Path
 
@@ -20,6 +23,9 @@ from vanish import TCP, full_backlog, pair, unreachable, vanish, wait
 SOURCE = Path(__file__).resolve().parent.parent / "tcpops.py"
 LINUX = hasattr(selectors, "EpollSelector")
 ERROR = socket.SOL_SOCKET, socket.SO_ERROR
+#: What stands behind a fact about a socket; see look.
+HEADING = ("of a socket: TCP state (7 CLOSE, 8 CLOSE_WAIT), SO_ERROR, again,"
+           " recv")
 
 
 def said(call, *args):
@@ -120,6 +126,7 @@ def probing():
 def main(tries=(deadlines, keepalive, probing)):
     """Try each fact and print it; return 1 if one does not hold, else 0."""
     text, failed = SOURCE.read_text(encoding="utf-8"), 0
+    print(f"{HEADING:>{22 + len(HEADING)}}", flush=True)
     for facts in tries:
         number = text.split(f". {facts.__doc__}\n")[0].split()[-1]
         for fact, shown, wanted in facts() if LINUX else [("all", False, 0)]:
@@ -127,9 +134,14 @@ def main(tries=(deadlines, keepalive, probing)):
                        "yes" if wanted in (True, shown) else "no")
             failed |= verdict == "no"
             print(f"section {number}  {verdict:9}  {fact}:",
-                  *shown or ["this needs Linux and root"])
+                  *shown or ["this needs Linux and root"], flush=True)
     return failed
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # of "| head", say
+        os._exit(1)

@@ -1,6 +1,6 @@
 """From a peer's address to the conid, and how forward() uses that.
 
-    python examples/find_by_address.py [--slow]
+    python3 examples/find_by_address.py [--slow]
 
 Prints:
     by host:port: 2

@@ -1,6 +1,6 @@
 """The specification's examples: Kamailio's line, and ours with its result.
 
-    python examples/from_kamailio.py [--slow]
+    python3 examples/from_kamailio.py [--slow]
 
 Prints:
     1.1 Set closed_event parameter

@@ -1,7 +1,7 @@
 """What one hostile peer can make the process hold, by protocol and stage.
 
-    python examples/hostile.py [--only wss] [--connections 50]
-    python examples/hostile.py --markdown    prints the table of README.md here
+    python3 examples/hostile.py [--only wss] [--connections 50]
+    python3 examples/hostile.py --markdown    the table of README.md here
 
 Each stage has a server of its own, a process with the default settings.  The
 figure is the growth of its anonymous memory (Python's and OpenSSL's, not the

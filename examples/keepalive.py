@@ -1,6 +1,6 @@
 """Keepalive by conid: set, read back from the kernel, refused, turned off.
 
-    python examples/keepalive.py [--slow]
+    python3 examples/keepalive.py [--slow]
 
 Prints:
     before: None

@@ -1,6 +1,8 @@
 """A short default lifetime, one connection raised, one lowered.
 
-    python examples/lifetime.py [--slow]
+    python3 examples/lifetime.py [--slow]
+
+With --slow each limit takes ten times as long.
 
 Prints:
     conid 4 ended: idle for 0.1 s
@@ -20,7 +22,7 @@ ops = tcpops.TcpOps(connection_lifetime=0.3 * pace)  # seconds idle
 @ops.request_route
 def request(msg):
     lifetime = ops.connection(msg.conid).lifetime
-    print(f"conid {msg.conid} speaks: its {lifetime} s start anew")
+    print(f"conid {msg.conid} speaks: its {lifetime:g} s start anew")
 
 
 @ops.event_route("tcp:timeout")

@@ -2,7 +2,7 @@
 
 The specification's example 1.7: a phone that registers gets its end told.
 
-    python examples/manual_events.py [--slow]
+    python3 examples/manual_events.py [--slow]
 
 Prints:
     conid 2 registers: 1

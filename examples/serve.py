@@ -1,6 +1,6 @@
 """A server to operate: TLS, a control socket, filters, JSON, your handlers.
 
-    python examples/serve.py --help
+    python3 examples/serve.py --help
 
 All of it stands on the public names of tcpops.  Three things are worth a look
 if you build a server of your own:

@@ -1,6 +1,6 @@
 """A peer does not read: its window shuts, our queue fills, send refuses.
 
-    python examples/shut_window.py [--slow]
+    python3 examples/shut_window.py [--slow]
 
 Prints:
     send refuses: -1, for our queue is full

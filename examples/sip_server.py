@@ -1,7 +1,7 @@
 """A SIP server: answers, registers, relays calls and watches their two legs.
 
-    python examples/sip_server.py [--slow]
-    python examples/sip_server.py --listen 127.0.0.1:5060
+    python3 examples/sip_server.py [--slow]
+    python3 examples/sip_server.py --listen 127.0.0.1:5060
         stays up; then try, each in a terminal of its own:
         sipp -sn uas -t t1 -i 127.0.0.1 -p 5070 -m 100
         sipp -sn uac -t t1 -i 127.0.0.1 -m 100 \

@@ -1,9 +1,10 @@
 """What small examples share: where tcpops.py is, and their command line.
 
-    python examples/states.py --slow
+    python3 examples/states.py --slow
 
 announces each step and waits for a second: time to think what will come, or to
-look at the connection from outside, say with "ss -tno".
+look at the connection from outside, say with "ss -tno".  Limits that would
+then be over too soon take ten times as long.
 """
 
 import argparse
@@ -19,6 +20,7 @@ parser = argparse.ArgumentParser(
     formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--slow", action="store_true",
                     help="announce each step, and wait a second before it")
+parser.set_defaults(listen=None)
 if "--listen" in (parser.description or ""):
     parser.add_argument(
         "--listen", metavar="HOST:PORT", type=tcpops.parse_address,
@@ -26,6 +28,18 @@ if "--listen" in (parser.description or ""):
 parser.error = lambda text: parser.exit(2, f"{parser.prog}: {text}\n")
 options = parser.parse_args()
 pace = 10 if options.slow else 1  #: times as long: what would be over too soon
+
+
+def last_words(kind, error, trace):
+    """Say in a line why --listen cannot be had; Ctrl-C needs no words."""
+    if options.listen and issubclass(kind, OSError):
+        print("%s: %s:%d:" % (parser.prog, *options.listen), error.strerror,
+              file=sys.stderr)
+    elif kind is not KeyboardInterrupt:
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = last_words
 
 
 def soon(step):

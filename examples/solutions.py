@@ -1,6 +1,6 @@
 """An answer to each exercise of exercises.py; not the only ones.
 
-    python examples/exercises.py 7 examples/solutions.py
+    python3 examples/exercises.py 7 examples/solutions.py
 """
 
 import socket

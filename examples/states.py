@@ -1,6 +1,6 @@
 """One connection walked through its states: 3, 1, -2, -1.
 
-    python examples/states.py [--slow]
+    python3 examples/states.py [--slow]
 
 Prints:
     while connecting: 3 CONNECT, alive: 1

@@ -1,8 +1,8 @@
 """A storm: random programs over all that tcpops can do, and hostile peers.
 
-    python examples/storm.py --seeds 1-500             one program per seed
-    python examples/storm.py --seeds 7-7 -v            its operations, in full
-    python examples/storm.py --seeds 1-500 --witness   the kernel judges, too
+    python3 examples/storm.py --seeds 1-500             one program per seed
+    python3 examples/storm.py --seeds 7-7 -v            its operations, in full
+    python3 examples/storm.py --seeds 1-500 --witness   the kernel judges, too
 
 Each seed is a program: operations from outside, and what its handlers do when
 they are called.  The peers are ours, real sockets on the loopback that never
@@ -534,7 +534,7 @@ def report(seed, args, world):
         sentence = " ".join(SEEN[name].split())
         lines += [f"BROKEN: {name}: {sentence}", *found[:3]]
     if world.wrong:
-        again = f"python examples/storm.py --seeds {seed}-{seed} -v"
+        again = f"python3 examples/storm.py --seeds {seed}-{seed} -v"
         some = world.numbers is not None and sorted(world.numbers)
         lines.append("again: " + again + (
             f" --only {','.join(map(str, some))}" if some else "") + "".join(

@@ -1,6 +1,6 @@
 """Three connections, three ways to end, and the handler that runs for each.
 
-    python examples/three_endings.py [--slow]
+    python3 examples/three_endings.py [--slow]
 
 Prints:
     conid 2: tcp:closed, eof (FIN from the peer)

@@ -1,8 +1,9 @@
 """send_timeout and message_timeout, each against one kind of slow peer.
 
-    python examples/timeouts.py [--slow]
+    python3 examples/timeouts.py [--slow]
 
-A lifetime ends neither: both connections are busy all the time.
+A lifetime ends neither: both connections are busy all the time.  With --slow
+each limit takes ten times as long.
 
 Prints:
     conid 2, whose peer drips: tcp:timeout, message
@@ -38,8 +39,8 @@ print(f"  ({end.detail})", flush=True)
 
 soon("we send 8 MB to a peer that reads nothing")
 ops.send(3, bytes(1 << 23))
-state = ops.tcp_conid_state(3)
 while len(ends) < 2:
+    state = ops.tcp_conid_state(3)  # the last one before the end stays
     ops.step(timeout=1)
 end = ends[1]
 print(f"conid {end.conid}, whose peer does not read: {end.name}, {end.reason}")

@@ -1,7 +1,7 @@
 """Echo over TLS: ends that must not be taken for each other.
 
-    python examples/tls_echo.py [--slow]
-    python examples/tls_echo.py --listen 127.0.0.1:5061
+    python3 examples/tls_echo.py [--slow]
+    python3 examples/tls_echo.py --listen 127.0.0.1:5061
         stays up; then try, in another terminal:
         openssl s_client -quiet -CAfile examples/localhost.pem \
             -connect localhost:5061

@@ -1,8 +1,8 @@
 """Where a peer can vanish without a word: vanish() and a command around it.
 Beside it, what else may happen to a connection; facts.py uses that.
 
-    python examples/vanish.py               says whether it can be had here
-    unshare -Urnm python examples/vanish.py COMMAND...
+    python3 examples/vanish.py               says whether it can be had here
+    unshare -Urnm python3 examples/vanish.py COMMAND...
 
 Root may have the kernel do that.  Anybody else may in a network of their own,
 made by unshare, in which they count as root.  It has no interface but

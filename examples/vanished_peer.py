@@ -1,6 +1,6 @@
-"""Two peers vanish; one of them is missed, for keepalive asks for it.
+"""Two peers vanish; keepalive finds one, and no one asks about the other.
 
-    python examples/vanished_peer.py [--slow]
+    python3 examples/vanished_peer.py [--slow]
 
 Prints:
     both peers vanish: not a single segment says so

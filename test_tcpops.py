@@ -6072,6 +6072,31 @@ class TestRequestHead:
             "protocol", "the framing raised ZeroDivisionError('mine')")
         assert not event.opened and len(logged) == 1
 
+    @pytest.mark.parametrize("end", ["FIN", "RST", "time", "close"])
+    def test_a_fault_in_answered_changes_no_reason(self, timed, logged, end):
+        """The refusal came first, however the connection ends."""
+        class Client(tcpops.WebSocketFraming):
+            def answered(self, status, headers, body):
+                raise ZeroDivisionError(f"{status} {bytes(body)}")
+        server = timed.server()
+        conid = timed.ops.connect(*server.getsockname(), framing=Client)
+        timed.until(lambda: timed.ops.connection(conid).bytes_out)
+        peer = timed.accept(server)
+        peer.recv(9999)
+        peer.send(b"HTTP/1.1 403 No\r\nContent-Length: 99\r\n\r\nfew")
+        timed.until(lambda: timed.ops.connection(conid).bytes_in)
+        if end in ("FIN", "RST"):
+            {"FIN": socket.socket.close, "RST": rst}[end](peer)
+        elif end == "time":
+            timed.clock.advance(1000)
+        else:
+            timed.ops.tcp_close_connection(conid)
+        event = timed.end(conid)
+        assert (event.reason, event.detail) == (
+            "protocol",
+            "WebSocket handshake failed: the peer says HTTP/1.1 403 No")
+        assert sum("raised" in line for line in logged) == 1
+
     @needs_tls
     def test_a_refusal_and_a_fin_without_close_notify(self, make_world):
         """The refusal came first; and so it did before a broken record."""
@@ -6134,7 +6159,9 @@ class TestRefuse:
          {"Location: /b"}, b""),
         ((426, (), ""), "426 Upgrade Required",
          {"Connection: Upgrade, close", "Upgrade: websocket"}, b""),
-        ((204, (), ""), "204 No Content", {"Connection: close"}, b"")])
+        ((204, (), "text"), "204 No Content", {"Connection: close"}, b""),
+        ((304, (), ""), "304 Not Modified", {"Connection: close"}, b""),
+        ((499, (), "x"), "499 ", {"Connection: close"}, b"x")])
     def test_answers(self, data, answer, start, lines, body):
         """Asked of all that is HTTP, for a WebSocket or not."""
         _, got = asked(data, refuse=lambda self, path, headers: answer)
@@ -6142,8 +6169,8 @@ class TestRefuse:
         assert head.startswith(f"HTTP/1.1 {start}\r\n")
         assert lines <= set(head.split("\r\n"))
         names = [line.partition(":")[0].lower() for line in head.split("\r\n")]
-        assert names.count("content-type") == bool(body)
-        assert names.count("content-length") == ("204" not in start)
+        assert names.count("content-type") == (bool(body) or "204" in start)
+        assert names.count("content-length") == (start[:3] not in ("204", "304"))
         assert rest.encode() == (b"" if data.startswith(b"HEAD") else body)
 
     def test_the_detail_of_the_end(self, make_world):
@@ -6158,6 +6185,11 @@ class TestRefuse:
             world.until(world.ends)
             assert world.events[0].detail == (
                 f"WebSocket handshake failed: {detail}")
+
+    def test_headers_that_an_iterator_gives(self):
+        _, answer = asked(HELLO, refuse=lambda *_: (
+            401, iter([("X", "1")]), ""))
+        assert b"\r\nX: 1\r\n" in answer
 
     def test_headers_in_the_101(self):
         server, answer = asked(HELLO, refuse=lambda *_: (
@@ -6182,7 +6214,7 @@ class TestRefuse:
         (200, [("X", "a\r\nX-Evil: 1")], ""), (101, [("X", "a\nb")], ""),
         (101, [("Sec-WebSocket-Extensions", "x")], ""),
         (401, [("Content-Length", "99")], ""), (200, {"Name": "x"}, ""),
-        (700, (), ""), (404, (), None), (404, (), b"bytes"), (404,), True,
+        (700, (), ""), (100, (), ""), (404, (), None), (404, (), b"bytes"), (404,), True,
         ("401", (), ""),
         (404, (), "\ud800")])
     def test_what_is_no_answer_is_a_500(self, make_world, logged, answer):
@@ -12228,6 +12260,36 @@ class TestPings:
         event = world.end(conid)
         assert event.reason == "protocol" and "ping" in event.detail
         assert len(logged) == 1
+
+    def test_what_cannot_ping_is_refused(self, world):
+        for factory in (tcpops.LineFraming, Pinged):
+            with pytest.raises(TypeError, match="ping_intervall"):
+                factory(9, True, ping_intervall=3)
+        framing = functools.partial(tcpops.LineFraming, ping_interval=3)
+        with pytest.raises(ValueError, match="has no pings"):
+            world.ops.listen("127.0.0.1", 0, framing=framing)
+
+    def test_bytes_ahead_of_the_ping(self, make_world, clock):
+        """While the peer takes them its pong is not late."""
+        world = make_world(framing=Pinged, clock=clock, max_write_buffer=1 << 30,
+                           connection_lifetime=5000, send_timeout=5000)
+        sock, conid = world.client()
+        conn = world.ops._table.get(conid)
+        while conn.queue is None:  # until the kernel has no room
+            world.ops.send(conid, b"x" * 5000)
+        while conn.queue is not None:
+            sock.recv(1 << 16)
+            world.ops.step(0.1)
+        self.pass_time(world, 30)
+        assert conn.messages.inner.awaits_pong and conn.messages.ahead
+        for _ in range(3):
+            before = conn.unacknowledged()
+            while conn.unacknowledged() >= before:
+                sock.recv(1 << 16)
+            self.pass_time(world, 10)
+            assert not world.ends()
+        self.pass_time(world, 10)
+        assert world.end(conid).reason == "keepalive"
 
     def test_none_while_bytes_wait_before_it(self, make_world, clock):
         """The pong could not come in time; the deadline "send" counts."""

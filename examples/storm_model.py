@@ -389,7 +389,8 @@ def a_busy_loop_blames_no_one(world):
     its network's: for the reasons message and connect it is taken off.
     """
     for life, event, peer, acts in each_end(world):
-        busy = sum(jump for at, jump in world.busy if at > life.ticks)
+        over = world.times[life.conid][1]
+        busy = sum(jump for at, jump in world.busy if life.ticks < at < over)
         name = {"message": "message_timeout", "connect": "connect_timeout"}
         if event.reason in name and event.age - busy + 1e-6 < world.low[
                 name[event.reason]]:

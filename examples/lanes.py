@@ -1,23 +1,23 @@
 """A page on which you break real connections, and see how each one ends.
 
-    python examples/lanes.py                on a port that is free
-    python examples/lanes.py --port 8070    on this one, and on the next
+    python3 examples/lanes.py                on a port that is free
+    python3 examples/lanes.py --port 8070    on this one, and on the next
 
 Open the address that it prints.  Each lane is a TCP connection on loopback:
 our end is tcpops, the peer a plain socket.  The buttons at the peer's end do
 to it what peers do; those at ours call the functions of the specification.
 
 The page is lanes.html.  Only a browser on this machine can open it, and only
-that page can press a button: Host and Origin are checked.  The peers are in
-lanes_peer.py; to vanish they need Linux, but not root.
+that page can press a button: Host and Origin are checked (lanes_page.py).  The
+peers are in lanes_peer.py, the sentences in lanes_words.py.  To vanish, a peer
+needs Linux, but not root.
 """
 
 import argparse
-import contextlib
+import collections
 import errno
 import itertools
 import json
-import re
 import reprlib
 import signal
 import socket
@@ -28,47 +28,20 @@ from typing import Callable, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import tcpops
+from lanes_page import NAMES, PageFraming, answer
 from lanes_peer import (Peer, black_hole, listening, shaped, shut_port,
                         vanishing)
+from lanes_words import (CLOSING, PASSED, REFUSED, STATES, UNTOLD, lesson,
+                         passed)
 
-PAGE = Path(__file__).with_name("lanes.html")
 TICK = 0.1  #: seconds between two probes of every lane
 DRIP = 5    #: ticks between two bytes of a message that drips
 MOST = 12   #: lanes at once
-NAMES = ("127.0.0.1", "localhost")  #: in Host and Origin
+LINES = 40  #: of a lane's log
 
 #: Short enough to be watched.
 SETTINGS = dict(connection_lifetime=60, connect_timeout=5, send_timeout=5,
                 message_timeout=5, max_message=4096)
-
-#: One sentence for each of tcpops.REASONS.
-LESSONS = {
-    "eof": "The peer sent FIN: no more bytes from me. A close, a half-close"
-           " and a killed program all send the same FIN, so we cannot know"
-           " which of them it was.",
-    "closed": "We closed it by its number: what we had queued went first, and"
-              " our FIN behind it.",
-    "protocol": "These bytes are not the protocol, so no one knows where the"
-                " next message would begin.",
-    "error": "The socket failed, and it was not the peer's doing.",
-    "shutdown": "Our program ended, and every connection with it.",
-    "reset": "The peer sent RST: both directions are over at once. Bytes that"
-             " had arrived before it were still delivered; ours that were on"
-             " their way are lost.",
-    "refused": "The host answered our SYN with RST: it is there, but no"
-               " program listens on that port.",
-    "keepalive": "The peer vanished, and vanishing makes no sound: we know"
-                 " only because we asked, and no answer came.",
-    "lifetime": "No byte moved for as long as we allow. The peer may be in the"
-                " best of health; it had nothing to say.",
-    "connect": "No answer came to our SYN. A firewall that drops it and a host"
-               " without power look the same, so we stop waiting.",
-    "send": "The peer's kernel answers, but its program does not read: its"
-            " window is shut, and our queue stood still for too long.",
-    "message": "A message began and was not complete in time. A byte now and"
-               " then does not help: else one slow peer could hold us for"
-               " ever.",
-}
 
 
 # -- what can be done ---------------------------------------------------------
@@ -82,6 +55,7 @@ class Action(NamedTuple):
     label: str
     promise: str   #: one of REASONS that it leads to, or words
     run: Callable  #: (lane) -> what was done; None: see Lanes
+    words: str = ""  #: to explain the label
 
 
 def peer(method):
@@ -104,7 +78,6 @@ def vanish_in_flight(lane):
 
 
 QUESTION = ours("send", b"are you there?\n")
-REFUSED = "refused" if "refused" in tcpops.REASONS else "reset"
 
 ACTIONS = {
     "accept": Action("new", "n", "It connects to us", "open", None),
@@ -112,26 +85,28 @@ ACTIONS = {
     "refused": Action("new", "o", "To a shut port", REFUSED, None),
     "hole": Action("new", "i", "To a black hole", "connect", None),
     "send": Action("peer", "s", "send", "one message", peer(Peer.send)),
-    "fin": Action("peer", "f", "FIN", "eof", peer(Peer.fin)),
+    "fin": Action("peer", "f", "FIN", "eof, if all is read",
+                  peer(Peer.fin)),
     "half": Action("peer", "h", "half-close", "eof", peer(Peer.half)),
     "rst": Action("peer", "r", "RST", "reset", peer(Peer.rst)),
     "late_rst": Action("peer", "b", "RST behind data", "reset",
                        peer(Peer.late_rst)),
     "drip": Action("peer", "d", "drip", "message", peer(Peer.drip)),
-    "stop": Action("peer", "p", "stop reading", "send, if we then send",
+    "stop": Action("peer", "p", "stop reading", "send, with W",
                    peer(Peer.stop)),
     "resume": Action("peer", "u", "resume", "the queue moves",
                      peer(Peer.resume)),
-    "vanish": Action("peer", "v", "vanish", "keepalive, if that is on",
+    "vanish": Action("peer", "v", "vanish", "keepalive, with K",
                      peer(Peer.vanish)),
     "vanish_in_flight": Action("peer", "g", "vanish with data in flight",
-                               "keepalive, if that is on", vanish_in_flight),
-    "write": Action("ours", "w", "send 200 kB", "a queue, if it does not read",
+                               "keepalive, with K", vanish_in_flight),
+    "write": Action("ours", "w", "send 200 kB", "a queue, if unread",
                     ours("send", b"x" * 199999 + b"\n")),
     "keepalive": Action("ours", "k", "keepalive 1/1/3",
-                        "keepalive, if it has vanished",
-                        ours("tcp_keepalive_enable", 1, 1, 3)),
-    "lifetime": Action("ours", "l", "lifetime 5 s", "lifetime, if it is idle",
+                        "keepalive, if the peer has vanished",
+                        ours("tcp_keepalive_enable", 1, 1, 3),
+                        "1 s idle, 1 probe, 3 s for its answer"),
+    "lifetime": Action("ours", "l", "lifetime 5 s", "lifetime, if idle",
                        ours("tcp_set_connection_lifetime", 5)),
     "close": Action("ours", "c", "close", "closed",
                     ours("tcp_close_connection")),
@@ -141,49 +116,108 @@ ACTIONS = {
 # -- a lane -------------------------------------------------------------------
 
 
+def described(state):
+    """Return a State as the page shows it, "" for None."""
+    return "" if state is None else f"{state} {state.name}"
+
+
 class Lane:
     """A connection and its peer, as the page shows them."""
 
-    #: The phases in which a connection may be that is closing: it takes no
-    #: payload, delivers none, and the program is told no more until its end.
+    #: The phases in which a connection may be that the program has closed: it
+    #: takes no payload, delivers none, and no snapshot of it is to be had.
     CLOSING = [row.name for row in [*tcpops.LIFE.values()][1:]
                if row.next and not row.sends and not row.delivers]
 
-    def __init__(self, ops, number, conid, how, peer=None):
-        self.ops, self.number, self.conid, self.peer = ops, number, conid, peer
-        self.info, self.end, self.messages = None, None, 0
-        self.said, self.seen = "alive", [next(iter(tcpops.LIFE))]
-        self.shown = {"id": number, "conid": conid, "how": how}
+    def __init__(self, ops, number, conid, how, peer=None, nobody=""):
+        self.ops, self.number, self.conid = ops, number, conid
+        self.peer, self._nobody = peer, nobody
+        self.info, self.probed, self.end, self.messages = None, None, None, 0
+        self.seen, self._known = [next(iter(tcpops.LIFE))], {}
+        self._began = time.monotonic()
+        self._log = collections.deque(maxlen=LINES)
+        info = ops.connection(conid)
+        how += f" {tcpops.format_address(info.si, info.sp)}" if info else ""
+        self.shown = {"id": number, "conid": conid, "how": how,
+                      "nobody": nobody}
+        self.log(how)
         self.look()
 
-    def may(self, action):
-        """Say whether the button of an action can be pressed."""
-        row = ACTIONS.get(action)
-        if self.end or self.info is None or row is None or row.run is None:
-            return False
-        return row.end == "ours" or (
-            self.peer is not None and self.peer.may(action))
+    def log(self, line):
+        """Add a line to what has happened to the lane, with its time."""
+        self._log.append([time.monotonic() - self._began, line])
+        self.shown["log"] = [*self._log]
+
+    def usable(self):
+        """Say whether our end takes anything from the program."""
+        return self.info is not None and tcpops.LIFE[self.info.phase].sends
+
+    def why_not(self, action):
+        """Return why the button of an action can do nothing, or ""."""
+        row = ACTIONS[action]
+        if self.end:
+            return "it has ended"
+        if not self.usable() and (row.end == "ours"
+                                  or row.run is vanish_in_flight):
+            return "our end is closing"
+        if row.end != "peer":
+            return ""
+        return self.peer.why_not(action) if self.peer else self._nobody
 
     def look(self):
         """Probe the connection, and note all that the page shows of it."""
         self.info = info = self.ops.connection(self.conid)
-        phases = (["ended"] if self.end
-                  else self.CLOSING if info is None else [info.phase])
-        if len(phases) == 1 and phases[0] not in self.seen:
-            self.seen += phases
-        state = self.ops.tcp_conid_state(self.conid)
+        kernel = self.peer and self.peer.kernel()
+        phases = self.phases(kernel)
+        if len(phases) == 1:
+            self.add_seen(phases)
+        now = self.ops.tcp_conid_state(self.conid)
         if info is not None:
+            self.probed = info.state
             self.shown.update(
-                peer_address=tcpops.format_address(info.si, info.sp),
                 queued=info.queued, bytes_in=info.bytes_in,
                 bytes_out=info.bytes_out)
+        self.log_changes({"probed": described(self.probed),
+                          "phase": " or ".join(phases),
+                          "the peer": self.peer and self.peer.fate,
+                          "the peer's kernel": kernel})
         self.shown.update(
-            state=self.end["state"] if self.end else [state, state.name],
+            probed=described(self.probed), told=info is not None,
+            state=[now, described(now), STATES[now.name]],
             phases=phases, seen=self.seen, messages=self.messages,
-            clocks=self.clocks(), said=self.said, end=self.end,
+            closing=not self.end and not self.usable(),
+            caption=PASSED if self.end else "" if self.usable()
+            else CLOSING.format(" or ".join(phases) + UNTOLD * (not info)),
+            clocks=self.clocks(), end=self.end,
             peer=self.peer and {name: getattr(self.peer, name) for name in (
                 "fate", "reading", "dripping", "received")},
-            can=[action for action in ACTIONS if self.may(action)])
+            kernel=kernel, cannot={
+                action: self.why_not(action) for action, row in ACTIONS.items()
+                if row.run and self.why_not(action)})
+
+    def phases(self, kernel):
+        """Return the phase, or those of which one must be the phase."""
+        if self.end:
+            return ["ended"]
+        if self.info is not None:
+            return [self.info.phase]
+        has_our_fin = kernel == "CLOSE_WAIT" and "open" in self.seen
+        return self.CLOSING[-1:] if has_our_fin else self.CLOSING
+
+    def add_seen(self, phases):
+        """Note phases that were passed, in the order of LIFE."""
+        if "open" in phases:  # with a framing, a handshake is before it
+            phases = [*phases, "handshake"]
+        self.seen = [name for name in tcpops.LIFE
+                     if name in self.seen or name in phases]
+
+    def log_changes(self, known):
+        """Add a line if something is not as at the last look."""
+        changes = [f"{name}: {word}" for name, word in known.items()
+                   if word and self._known.get(name) != word]
+        self._known = known
+        if changes:
+            self.log(", ".join(changes))
 
     def clocks(self):
         """Return [kind, seconds left or None, of how many, reason] of each."""
@@ -200,72 +234,16 @@ class Lane:
 
     def ended(self, event):
         """Keep what the event of the end says."""
-        state = self.ops.tcp_conid_state(self.conid)
-        refused = event.reason == REFUSED and not event.opened
         number = event.errno and (
             f"{event.errno} {errno.errorcode.get(event.errno, '')}")
         self.end = {
             "reason": event.reason, "event": event.name, "errno": number,
             "detail": event.detail, "unsent": event.unsent,
-            "seconds": event.age, "state": [state, state.name],
-            "lesson": LESSONS["refused" if refused else event.reason]}
+            "seconds": event.age, "lesson": lesson(event)}
+        self.add_seen(passed(event, self.probed))
+        self.log(f"{event.name}, reason {event.reason}")
         self.shown.update(bytes_in=event.bytes_in, bytes_out=event.bytes_out,
                           queued=event.queued)
-
-
-# -- the page -----------------------------------------------------------------
-
-
-class PageFraming(tcpops.Framing):
-    """A message is the head of an HTTP request; what is sent goes as it is."""
-
-    longest = 8192
-
-    def next_message(self):
-        end = self.buffer.find(b"\r\n\r\n")
-        if max(end, len(self.buffer) if end < 0 else 0) > self.longest:
-            raise tcpops.ProtocolError(f"a head of over {self.longest} bytes")
-        if end < 0:
-            return None
-        head = bytes(self.buffer[:end])
-        self.buffer.clear()  # one request for each connection
-        return head
-
-    def encode(self, payload):
-        return payload
-
-
-def answer(head, port, feed):
-    """Return the answer to a request for the page; both ports are ours."""
-    lines = head.decode("latin-1").split("\r\n")
-    request = re.fullmatch(r"([A-Z]+) (\S+) HTTP/1\.[01]", lines[0])
-    hosts = [line.partition(":")[2].strip() for line in lines
-             if line.lower().startswith("host:")]
-    status, kind, body = "200 OK", "html", ""
-    if not request:
-        status = "400 Bad Request"
-    elif len(hosts) != 1 or hosts[0] not in [f"{n}:{port}" for n in NAMES]:
-        status = "403 Forbidden"  # a name of theirs may lead to 127.0.0.1
-    elif request[1] not in ("GET", "HEAD"):
-        status = "405 Method Not Allowed"
-    elif request[2] != "/":
-        status = "404 Not Found"
-    else:
-        body = PAGE.read_text(encoding="utf-8").replace("FEED", str(feed))
-    if not body:
-        kind, body = "plain", status + "\n"
-    feeds = " ".join(f"ws://{name}:{feed}" for name in NAMES)
-    data = body.encode()
-    headers = [
-        f"HTTP/1.1 {status}", f"Content-Type: text/{kind}; charset=utf-8",
-        f"Content-Length: {len(data)}", "Allow: GET, HEAD",
-        "Cache-Control: no-store", "X-Content-Type-Options: nosniff",
-        "Content-Security-Policy: default-src 'none'; img-src data:;"
-        " style-src 'unsafe-inline'; script-src 'unsafe-inline';"
-        f" connect-src {feeds}; frame-ancestors 'none'; base-uri 'none';"
-        " form-action 'none'", "Connection: close", "", ""]
-    bare = request and request[1] == "HEAD"
-    return "\r\n".join(headers).encode() + (b"" if bare else data)
 
 
 # -- all of it ----------------------------------------------------------------
@@ -296,7 +274,11 @@ class Lanes:
         _, self.feed = self._listen(port and port + 1, Feed)
 
     def _listen(self, port, framing):
-        conid = self.ops.listen("127.0.0.1", port, framing=framing)
+        try:
+            conid = self.ops.listen("127.0.0.1", port, framing=framing)
+        except OSError as error:
+            error.filename = f"port {port}"
+            raise
         return conid, self.ops.connection(conid).Rp
 
     def _refuse(self, path, headers):
@@ -319,6 +301,7 @@ class Lanes:
         else:
             for lane in self._of(msg.conid):
                 lane.messages += 1
+                lane.log(f"a message: {reprlib.repr(msg.data)}")
 
     def _event(self, event):
         if event.is_end:
@@ -329,8 +312,8 @@ class Lanes:
             self._welcome(event.conid)
         elif event.listener == self._listener:
             peer = self._arriving.pop((event.si, event.sp), None)
-            self._add(event.conid, "accepted from" if peer
-                      else "accepted from a program at", peer)
+            self._add(event.conid, "accepted from", peer,
+                      "a program of your own")
 
     def _of(self, conid):
         return [lane for lane in self._lanes.values() if lane.conid == conid]
@@ -366,42 +349,50 @@ class Lanes:
                     self._remove(lane)
         elif row is not None and row.run is None:
             self._new(action)
-        elif lane is not None:
+        elif row is not None and lane is None:
+            self._notice = f"{row.label}: there is no such lane"
+        elif row is not None:
             lane.look()  # it may have changed since the page was told
-            if lane.may(action):
-                lane.said = row.run(lane)
+            why_not = lane.why_not(action)
+            if why_not:
+                self._notice = f"{row.label}, lane {number}: {why_not}"
+            else:
+                lane.log(row.run(lane))
 
     def _new(self, kind):
         """Make a connection, and a lane of it."""
+        why_not = self._note.partition(":")[0]  # for the button of vanish
         if kind == "accept" and self._elsewhere:
             ours, sock = self._elsewhere.pair()
-            self._add(self.ops.attach(ours, framing="line"), "attached to",
+            self._add(self.ops.attach(ours, framing="line"),
+                      "both ends come from a network of their own: as if"
+                      " accepted from",
                       Peer(self.ops, sock, self._elsewhere.vanish))
         elif kind == "accept":
             sock = shaped()
             sock.connect(("127.0.0.1", self.target))
-            self._arriving[sock.getsockname()] = Peer(self.ops, sock,
-                                                      self._vanish)
+            self._arriving[sock.getsockname()] = Peer(
+                self.ops, sock, self._vanish, why_not)
         elif kind == "connect":
             with listening() as server:
                 conid = self.ops.connect(*server.getsockname(),
                                          framing="line")
                 # The kernel has answered by itself: this does not wait.
                 sock = server.accept()[0]
-            self._add(conid, "connected to",
-                      Peer(self.ops, sock, self._vanish))
+            self._add(conid, "we connect to",
+                      Peer(self.ops, sock, self._vanish, why_not))
         else:
             address = self._dead[kind][0].getsockname()
             self._add(self.ops.connect(*address, framing="line"),
-                      "connecting to")
+                      "we connect to", nobody="no one answers here")
 
-    def _add(self, conid, how, peer=None):
+    def _add(self, conid, how, peer=None, nobody=""):
         """Add a lane; if there is no room, instead of one that has ended."""
         ended = [lane for lane in self._lanes.values() if lane.end]
         if len(self._lanes) >= MOST and ended:
             self._remove(ended[0])
         self._number += 1
-        lane = Lane(self.ops, self._number, conid, how, peer)
+        lane = Lane(self.ops, self._number, conid, how, peer, nobody)
         self._lanes[self._number] = lane
         if len(self._lanes) > MOST:
             self._notice = f"{MOST} lanes are all that fit: end one first"
@@ -458,12 +449,15 @@ def main():
         description="Serves a page on which one breaks real connections.")
     parser.add_argument("--port", type=int, default=0,
                         help="of the page; its WebSocket has the next one")
+    port = parser.parse_args().port
+    if not 0 <= port < 65535:
+        parser.error(f"--port {port}: it can be 0 to 65534, for the WebSocket"
+                     " needs the next port")
     try:
-        lanes = Lanes(parser.parse_args().port)
-    except ValueError as error:
-        parser.error(error)
+        lanes = Lanes(port)
     except OSError as error:
-        parser.exit(1, f"lanes.py: cannot listen: {error.strerror}\n")
+        parser.exit(1, f"lanes.py: cannot listen on {error.filename}:"
+                       f" {error.strerror}\n")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lanes.stop)
     print(f"open http://127.0.0.1:{lanes.port} (Ctrl-C ends it)", flush=True)

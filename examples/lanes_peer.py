@@ -1,6 +1,6 @@
 """The peers of lanes.py: plain sockets, and what peers do to a connection.
 
-    python examples/lanes_peer.py    says whether a peer can vanish here
+    python3 examples/lanes_peer.py    says whether a peer can vanish here
 """
 
 import contextlib
@@ -12,6 +12,11 @@ import subprocess
 import sys
 
 from vanish import vanish, where
+
+
+#: Names of include/net/tcp_states.h, where the first is 1.
+KERNEL = ("", "ESTABLISHED", "SYN_SENT", "SYN_RECV", "FIN_WAIT1", "FIN_WAIT2",
+          "TIME_WAIT", "CLOSE", "CLOSE_WAIT", "LAST_ACK", "LISTEN", "CLOSING")
 
 
 def shaped():
@@ -60,24 +65,36 @@ class Peer:
     A method that a button calls returns the words for what it has done.
     """
 
-    def __init__(self, ops, sock, vanish):
-        self._ops, self._sock, self._vanish = ops, sock, vanish
+    def __init__(self, ops, sock, vanish, why_not=""):
+        self._ops, self._sock = ops, sock
+        self._vanish, self._why_not = vanish, why_not  # if vanish is None
         self.fate = "open"
         self.reading = self.dripping = False
         self.received = 0
         sock.setblocking(False)
         self.resume()
 
-    def may(self, action):
-        """Say whether there is any sense in an action."""
-        if action == "resume":
-            return self.fate == "open" and not self.reading
-        if action == "stop":
-            return self.fate == "open" and self.reading
+    def why_not(self, action):
+        """Return why an action makes no sense, or ""."""
+        if self.fate not in ("open", "half-closed"):
+            return f"the peer: {self.fate}"
+        if action == "resume" and self.reading:
+            return "it reads"
+        if action == "stop" and not self.reading:
+            return "it does not read"
         if action.startswith("vanish") and self._vanish is None:
-            return False
-        return self.fate == "open" or self.fate == "half-closed" and (
-            action in ("fin", "rst", "vanish", "vanish_in_flight"))
+            return self._why_not
+        if self.fate == "half-closed" and action in (
+                "send", "half", "late_rst", "drip"):
+            return "it has sent its FIN"
+        return ""
+
+    def kernel(self):
+        """Return what the kernel calls the state of its socket, or None."""
+        if self._sock.fileno() < 0 or not sys.platform.startswith("linux"):
+            return None
+        info = self._sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)
+        return KERNEL[info[0]]
 
     def send(self, data=b"hello\n"):
         with contextlib.suppress(OSError):  # recv() will say why
@@ -85,7 +102,12 @@ class Peer:
         return f"send({data})"
 
     def fin(self):
-        self._take()  # close() would send RST if it left bytes unread
+        if self.reading:
+            self._take()
+        with contextlib.suppress(OSError):
+            if self._sock.recv(1, socket.MSG_PEEK):
+                self.close("closed with bytes unread")
+                return "close() with bytes unread, which sends RST"
         self.close("closed")
         return "close(), which sends FIN"
 
@@ -93,7 +115,7 @@ class Peer:
         with contextlib.suppress(OSError):  # as in send()
             self._sock.shutdown(socket.SHUT_WR)
         self.fate, self.dripping = "half-closed", False
-        return "shutdown(SHUT_WR), which sends FIN; it still reads"
+        return "shutdown(SHUT_WR), which sends FIN; it could still read"
 
     def rst(self):
         self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,

@@ -1,7 +1,7 @@
 """A chat over WebSocket, served to a browser.
 
-    python examples/ws_chat.py
-    python examples/ws_chat.py --listen 127.0.0.1:8080
+    python3 examples/ws_chat.py [--slow]
+    python3 examples/ws_chat.py --listen 127.0.0.1:8080
         stays up; open http://127.0.0.1:8080 in two browsers; the chat
         itself has the port behind that.  With 0.0.0.0:8080 it is open to
         other machines, too: there by an address of this one
@@ -16,13 +16,12 @@ Prints:
     ann hears: 5 left (close frame 1000)
 """
 
-import argparse
 import contextlib
+import select
 import socket
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from slow import options, soon  # finds tcpops.py, too
 import tcpops
 
 PAGE = """<!DOCTYPE html>
@@ -47,10 +46,6 @@ PAGE = """<!DOCTYPE html>
 </script>
 </html>
 """
-parser = argparse.ArgumentParser(description="A chat, served to a browser.")
-parser.add_argument("--listen", metavar="HOST:PORT",
-                    type=tcpops.parse_address, help="stay up, and serve there")
-options = parser.parse_args()
 ops = tcpops.TcpOps(connection_lifetime=3600)
 present = set()  # conids
 
@@ -81,12 +76,14 @@ def joined(event):
         tell_all(f"{event.conid} joined")
 
 
-@ops.event_route("tcp:closed")
 def left(event):
     if event.conid in present:
         present.remove(event.conid)
         tell_all(f"{event.conid} left ({event.detail})")
 
+
+for name in ("tcp:closed", "tcp:reset", "tcp:timeout"):
+    ops.event_route(name)(left)
 
 host, port = options.listen or ("127.0.0.1", 0)
 page = ops.connection(ops.listen(host, port, framing="line"))
@@ -98,6 +95,7 @@ if options.listen:
           f" on port {chat.Rp}", flush=True)
     with contextlib.suppress(KeyboardInterrupt):
         ops.run()
+    present.clear()  # all leave: no one is told of the others
     ops.drain(1)
     sys.exit()
 
@@ -118,19 +116,23 @@ def wait_for(count):
     heard.clear()
 
 
+soon("a browser asks for the page")
 browser = socket.create_connection((page.Ri, page.Rp))
 browser.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
-while ops.stats()["ended"]["closed"] == 0:
+while not select.select([browser], [], [], 0)[0]:
     ops.step()
 print("the page:", browser.recv(15).decode())
+browser.close()
 for count, name in enumerate(("ann", "bob"), 1):
+    soon(f"{name} comes in")
     conid = friends.connect(chat.Ri, chat.Rp, framing="ws")
     names[conid] = name
     wait_for(count)
+soon("bob says hello")
 friends.send(conid, "hello")
 wait_for(2)
+soon("bob leaves")
 friends.tcp_close_connection(conid)
 wait_for(1)
-browser.close()
 friends.close()
 ops.close()

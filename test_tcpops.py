@@ -92,6 +92,9 @@ if PLAYED:
 import tcpops
 from tcpops import Keepalive, Result, State
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a background job's
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 HERE = Path(__file__).parent
 sys.path.append(str(HERE / "examples"))
 from vanish import vanish, where

@@ -176,7 +176,7 @@ _REASONS = {
     "send": Reason("tcp:timeout", State.ERROR, "the queue stands still"),
     "message": Reason("tcp:timeout", State.ERROR, "a message incomplete"),
 }
-#: Why a connection ended, and which event reports it.  README has this table.
+#: Why a connection ended, and which event reports it.
 REASONS = {reason: row.event for reason, row in _REASONS.items()}
 
 #: errno: its reason while connecting, and once connected; "error" of others.
@@ -1209,8 +1209,8 @@ _PHRASES = {status.value: status.phrase for status in http.HTTPStatus}
 _CHUNK = re.compile(rb"([0-9A-Fa-f]{1,15})[^\r\n]*\r\n")
 _LISTS = r"(?ai)(?:.*,)?\s*%s\s*(?:,.*)?"
 _ABSENT = "\r\n"  #: stands for the value of a header that is not there
-#: What a request for a WebSocket must have (RFC 6455, 4.2.1; RFC 9112, 3.2 and
-#: 6): header, pattern of its value, reason and status (400) of the refusal.
+#: Asked once refuse() has accepted a request (RFC 6455, 4.2.1; RFC 9112, 3.2
+#: and 6): header, pattern of its value, words and status (400) of a refusal.
 _REQUEST_RULES = (
     (":start", r".* HTTP/(?:1\.[1-9]|[2-9].*)", "HTTP/1.1 is needed"),
     (":start", "GET .*", "the method must be GET"),
@@ -1394,7 +1394,7 @@ class WebSocketFraming(Framing):
             if not 200 <= status <= 599:
                 raise ValueError(f"not the status of a refusal: {status!r}")
             self._refuse(text, status, added)
-        self._keep(_REQUEST_RULES, headers)
+        self._require(_REQUEST_RULES, headers)
         offered = headers.get("sec-websocket-protocol", "").split(",")
         self._agree(next((name.strip() for name in offered
                           if name.strip() in self.subprotocols), None))
@@ -1404,7 +1404,7 @@ class WebSocketFraming(Framing):
             "Sec-WebSocket-Protocol": self.subprotocol}, added)
         return True
 
-    def _keep(self, rules, headers):
+    def _require(self, rules, headers):
         """Refuse a head that breaks a rule."""
         for name, pattern, *refusal in rules:
             if not re.fullmatch(pattern, headers.get(name, _ABSENT)):
@@ -1447,7 +1447,7 @@ class WebSocketFraming(Framing):
             self._refusal = status, pairs, headers, says
             del self.buffer[:len(head)]
             return self._take_body()
-        self._keep((
+        self._require((
             (":start", r"HTTP/1\.1 101( .*)?", says),
             ("upgrade", "(?ai)websocket", "Upgrade must be websocket"),
             ("connection", _LISTS % "upgrade", "Connection must name Upgrade"),
@@ -1935,7 +1935,7 @@ def not_reading(conn):
 class Deadline(NamedTuple):
     """A row of DEADLINES.  Its functions take a connection."""
 
-    phases: tuple       #: those in which it counts
+    phases: tuple       #: those in which it counts; it may hasten an end
     time: Callable      #: (conn) -> when it fires, or NEVER
     reason: str         #: of the end
     errno: Optional[int]
@@ -3260,7 +3260,7 @@ class Connection:
         self.opened = False         # it has been usable
         self.wants_event = False    # tcp_enable_closed_event
         self.bytes_in = self.bytes_out = 0
-        self.since = self.active = plan.reactor.clock()  # the last byte
+        self.since = self.active = plan.reactor.clock()  # begun; last byte
         self.renewed = NEVER        # when its lifetime began anew
         self.lifetime = plan.settings.connection_lifetime
         self.send_deadline = self.keepalive_deadline = NEVER

@@ -2605,8 +2605,8 @@ class Reactor:
                 wait, start = self._patience(left), time.monotonic()
                 handled = self._turn(wait)
                 # A deadline put off, or a wake-up for run(), may have cut it.
-                left -= (min(wait or 0, time.monotonic() - start)
-                         if self.waker.count else wait or 0)
+                spent = time.monotonic() - start
+                left -= (min if self.waker.count else max)(wait or 0, spent)
                 if handled or left <= 0:
                     return handled
         finally:

@@ -8085,6 +8085,13 @@ class TestLoop:
         with pytest.raises(ValueError, match="timeout"):
             world.ops.step(timeout)
 
+    def test_a_deadline_a_moment_away_does_not_hold_a_step(self, timed):
+        """A clock that stands still just before it: the timeout is real."""
+        _, conid = timed.client()
+        timed.ops.tcp_set_connection_lifetime(conid, 2)
+        timed.clock.advance(2 - 1e-12)
+        assert timed.ops.step(0.05) == 0 and not timed.ends()
+
     def test_a_deadline_put_off_does_not_cut_a_step_short(self, clock):
         with tcpops.TcpOps(clock=clock) as ops:
             left, right = tcp_pair()

@@ -7839,7 +7839,8 @@ class TestPlatformCalls:
             import sys
             for name in "pty resource ctypes fcntl termios".split():
                 sys.modules[name] = None
-            import asyncio, os, selectors, signal, socket, ssl, pytest
+            import asyncio, os, selectors, shutil, signal, socket, ssl, pytest
+            shutil.which = lambda name: None  # it asks a Windows that is real
             names = dict.fromkeys([os], "fork register_at_fork getpgrp")
             names[signal] = "SIGHUP SIGKILL SIGUSR1 SIGSTOP SIGALRM setitimer"
             names[socket] = "AF_UNIX MSG_DONTWAIT MSG_NOSIGNAL TCP_INFO"

@@ -749,8 +749,8 @@ def probe(sock):
     state, number, _ = _look(sock)
     if state is State.OK and _ask(sock.getpeername) is None:
         return State.CONNECT, None
-    if number == errno.ENOTCONN and _of_unconnected(sock):
-        return _of_unconnected(sock), None
+    if number == errno.ENOTCONN and (found := _of_unconnected(sock)):
+        return found, None
     return state, number
 
 # ---------------------------------------------------------------------------
@@ -1126,7 +1126,7 @@ class SipFraming(Framing):
         """Return payload, with a Content-Length if a message has none."""
         end = payload.find(b"\r\n\r\n")
         if end == 0:
-            self._half -= payload.count(b"\r\n\r\n")
+            self._half -= _CRLFS.match(payload).end() // 4
         elif (end > 0 and payload.find(b"\r\nContent-Length:", 0, end) < 0
               and _START.match(payload)
               and not _LENGTHS.search(payload, 0, end)):
@@ -1164,7 +1164,7 @@ def _parse_sip_uri(uri):
     match = _URI.fullmatch(uri)
     from urllib.parse import unquote  # here: little else needs it
     parameters = re.sub(r"\s", "", unquote(match["parameters"] or "").lower())
-    named = re.findall(r";((?:transport|maddr)\b[^;]*)", parameters)
+    named = re.findall(r";((?:transport|maddr)(?![^;=])[^;]*)", parameters)
     protos, port = _TRANSPORTS.get(
         ";".join((match["scheme"].lower(), *named)), (None, None))
     return port and _parse_host(match["host"], port, protos, SipFraming)
@@ -1939,7 +1939,7 @@ class Deadline(NamedTuple):
     time: Callable      #: (conn) -> when it fires, or NEVER
     reason: str         #: of the end
     errno: Optional[int]
-    detail: Callable    #: (conn, now) -> detail; None: it was put off
+    detail: Callable    #: (conn, now) -> detail; None: put off, or pinged
 
 
 _PROBE_AGAIN = 0.25  #: seconds between two looks at a suspected peer

@@ -962,6 +962,7 @@ class TestAddresses:
         ("SIPS:h;TRANSPORT=WSS", 443), ("sip:h:9;transport=tls", 9),
         ("sip:u;transport=udp@h", 5060), ("sip:h?transport=udp", 5060),
         ("sip:h;transport=tls?a=;maddr=b", 5061), ("sip:h;x=transport", 5060),
+        ("sip:h;transport-foo=1;maddr.x", 5060), ("sip:h;maddr", None),
         ("sip:h;transport=udp", None), ("sip:h;transport=SCTP", None),
         ("sip:h;transport=tls-sctp", None), ("sip:h;transport=quic", None),
         ("sip:h;transport=u%64p", None), ("sips:h;transport=udp", None),
@@ -4869,6 +4870,12 @@ class TestSipRules:
             feed(framing, chunk)
             assert framing.awaits_pong is awaits
         assert framing.output == b"\r\n\r\n"  # the ping alone
+
+    def test_a_ping_ahead_of_a_message_is_one(self):
+        framing = tcpops.SipFraming(9999, True)
+        framing.encode(b"\r\n\r\n" + OPTIONS)
+        assert not feed(framing, b"\r\n", b"\r\n\r\n")
+        assert framing.output == b"\r\n"  # the first was our pong
 
     def test_two_pings_of_a_client(self, make_world):
         world = make_world(framing="sip")

@@ -72,12 +72,19 @@ ctypes, fcntl, pty, resource, termios = map(
     optional, ("ctypes", "fcntl", "pty", "resource", "termios"))
 
 
+class Backwards(selectors.SelectSelector):
+    """select(), which promises no order, as little as a kernel does."""
+
+    def select(self, timeout=None):
+        return super().select(timeout)[::-1]
+
+
 def play(system):
     """Take from Python what another system does not have: of its selectors all
     but select(), TCP_INFO, the flags, and Linux' name for the idle time.  The
     kernel is the same.
     """
-    selectors.DefaultSelector = selectors.SelectSelector
+    selectors.DefaultSelector = Backwards
     socket.TCP_KEEPALIVE = socket.TCP_KEEPIDLE
     for name in ("TCP_KEEPIDLE", "TCP_INFO", "MSG_DONTWAIT", "MSG_NOSIGNAL",
                  "SO_ACCEPTCONN"):
@@ -1114,10 +1121,10 @@ class TestAddressForms:
         server = world.server()
         monkeypatch.setattr(tcpops, "_resolve", lambda host, port: [
             (socket.AF_INET, server.getsockname())])
-        for port in (80, "80", 443):
+        for count, port in enumerate((80, "80", 443), 1):
             world.ops.connect("example.org", port, framing=framing)
             world.accept(server)
-        world.until(lambda: len(begun) == 3)
+            world.until(lambda: len(begun) == count)
         assert begun == ["example.org", "example.org", "example.org:443"]
 
     def test_listen_says_what_it_has_not_bound(self, world, names, logged):
@@ -6641,31 +6648,61 @@ class TestSending:
     def test_no_handler_runs_over_the_limit(self, make_world):
         """Neither where one before it in the batch has queued so much."""
         world = make_world(max_write_buffer=1000)
-        first, one = world.client()
-        second, two = world.client()
-        conn = world.ops._table.get(two)
-        queued = []
+        peers = {conid: peer for peer, conid in (
+            world.client(), world.client())}
+        heard = []
 
         def on_message(msg):
-            if msg.conid == one:
-                while not conn.is_full():
-                    assert world.ops.send(two, bytes(100000))
-                queued.append(len(conn.queue))
-            else:
-                assert not conn.is_full(), len(conn.queue)
-                queued.append(None)
+            heard.append(msg.conid)
+            other, = (world.ops._table.get(conid) for conid in peers
+                      if conid != msg.conid)
+            assert not world.ops._table.get(msg.conid).is_full()
+            while len(heard) == 1 and not other.is_full():
+                assert world.ops.send(other.conid, bytes(100000))
         world.on_message = on_message
-        first.sendall(b"x")
-        second.sendall(b"x")
+        for peer in peers.values():
+            peer.sendall(b"x")
         assert world.ops.step(5) == 2
-        assert len(queued) == 1 and queued[0] > 1000
-        total = conn.bytes_out + len(conn.queue)
-        got = 0
-        second.settimeout(5)
+        assert len(heard) == 1  # which of them was first in the batch
+        full, = (world.ops._table.get(conid) for conid in peers
+                 if conid not in heard)
+        total = full.bytes_out + len(full.queue)
+        peer, got = peers[full.conid], 0
+        peer.settimeout(5)
         while got < total:
             world.ops.step(0)
-            got += len(second.recv(1 << 20))
-        world.until(lambda: len(queued) == 2)
+            got += len(peer.recv(1 << 20))
+        world.until(lambda: len(heard) == 2)
+
+
+class TestDefaultTimeout:
+    """socket.setdefaulttimeout is the program's; no call of ours waits."""
+
+    @pytest.mark.parametrize("origin", ["accept", "connect", "attach"])
+    def test_nothing_waits_for_it(self, world, origin):
+        begun = time.monotonic()
+        socket.setdefaulttimeout(60)
+        try:
+            if origin == "accept":
+                peer, conid = world.client()
+            elif origin == "connect":
+                server = world.server()
+                conid = world.ops.connect(*server.getsockname())
+                peer = world.accept(server)
+                world.until(lambda: world.ops.connection(conid).opened)
+            else:
+                peer, ours = tcp_pair()
+                world.socks.append(peer)
+                conid = world.ops.attach(ours)
+        finally:
+            socket.setdefaulttimeout(None)
+        world.settle()
+        assert world.ops.tcp_conid_state(conid) > 0  # nothing to be read
+        assert world.ops.send(conid, bytes(20 << 20))  # the kernel is full
+        assert world.ops.connection(conid).queued
+        rst(peer)
+        assert world.end(conid).reason == "reset"
+        assert time.monotonic() - begun < 30
 
 
 class Selfish(socket.socket):

@@ -80,6 +80,7 @@ import socket
 import struct
 import sys
 import time
+import traceback
 import types
 import weakref
 from typing import Callable, NamedTuple, Optional
@@ -438,14 +439,11 @@ def _is_signal(error):
     """Say whether a signal handler has raised an error: its frame holds the
     one that it returns to, for that was its argument.
     """
-    trace = error.__traceback__.tb_next
-    while trace is not None:
-        frame = trace.tb_frame
-        for value in frame.f_locals.values():
-            held = value if isinstance(value, tuple) else (value,)
-            if any(item is frame.f_back is not None for item in held):
+    for frame, _ in traceback.walk_tb(error.__traceback__.tb_next):
+        for value in frame.f_locals.values() if frame.f_back else ():
+            if value is frame.f_back or isinstance(value, tuple) and any(
+                    item is frame.f_back for item in value):
                 return True
-        trace = trace.tb_next
     return False
 
 
@@ -2232,12 +2230,11 @@ class Handlers:
 
     def leave(self):
         """Raise the exception that is to leave the loop, if there is one."""
-        error, self.leaving = self.leaving, None
         try:
-            if error is not None:
-                raise error
+            if self.leaving is not None:
+                raise self.leaving
         finally:
-            del error  # it holds this frame
+            self.leaving = None
 
     def raised(self, error, what, conn=None):
         """Log the exception of a function of the program's, or keep it."""
@@ -2407,6 +2404,8 @@ class Reactor:
         self._outer = None      # see fileno
         self._complain_at = -NEVER
         self._selector = selectors.DefaultSelector()
+        # One descriptor that it cannot bear makes select() fail for all.
+        self._fragile = isinstance(self._selector, selectors.SelectSelector)
         self.waker = Waker(handlers, self.complain)
         self._selector.register(self.waker.sock, _READ, self.waker)
 
@@ -2424,18 +2423,19 @@ class Reactor:
             elif before and events != before:
                 self._selector.modify(owner.sock, events, owner)
             elif events and not before:
-                held = self._selector.get_map().get(
-                    getattr(owner.sock, "fileno", lambda: owner.sock)())
-                if held is not None and held.data.sock is not owner.sock:
-                    # It was a socket's that was closed behind our back; the
-                    # kernel has forgotten that one, the selector has not.
-                    self._lose(held)
                 self._selector.register(owner.sock, events, owner)
-            if events and isinstance(self._selector, selectors.SelectSelector):
-                self._select(0)  # one over its 512 makes it fail for all
+            if events and self._fragile:
+                self._select(0)  # is it one over the 512 of Windows?
         except (KeyError, ValueError, OSError) as error:
             number = getattr(_system_error(error), "errno", errno.EBADF)
             owner.events = 0
+            if isinstance(error, KeyError) and not before:
+                held = self._selector.get_key(owner.sock)
+                if held.data.sock is not owner.sock:
+                    # It was a socket's that was closed behind our back; the
+                    # kernel has forgotten that one, the selector has not.
+                    self._lose(held)
+                    return self.watch(owner, events)
             if isinstance(error, ValueError):
                 with contextlib.suppress(KeyError, ValueError):
                     self._selector.unregister(owner.sock)  # it is that one
@@ -2753,7 +2753,7 @@ class Reactor:
         for key in list(old.get_map().values()):
             try:
                 self._selector.register(key.fileobj, key.events, key.data)
-                if isinstance(self._selector, selectors.SelectSelector):
+                if self._fragile:
                     self._selector.select(0)
             except (OSError, ValueError):
                 self._lose(key)  # it is closed, too
@@ -2874,9 +2874,8 @@ class Plan:
             for name in ("ping_interval", "ping_timeout"):
                 setattr(inner, name, _number(getattr(inner, name), name, 0.001,
                                              _MAX_SECONDS))
-        if self.context is None:
-            return inner
-        return _LAYERS["tls"](self.context, self.server_hostname, inner)
+        return inner if self.context is None else _LAYERS["tls"](
+            self.context, self.server_hostname, inner)
 
 # ---------------------------------------------------------------------------
 # 16. A connection
@@ -3582,7 +3581,6 @@ class Connection:
     def flush(self):
         """Send the queue; return whether the kernel took any, or failed."""
         was_full, plan = self.is_full(), self.plan
-        assert self.queue, "an empty queue is None"
         try:
             sent = self.sock.send(self.queue, _SEND_FLAGS)
         except OSError as error:
@@ -3893,7 +3891,9 @@ class Listener:
             return sock.close()               # reset, and has no address
         local = self.local
         try:
-            _ask(sock.setblocking, False)
+            # Needless where each call says so, and no default timeout is set.
+            if not _DONTWAIT or sock.gettimeout() is not None:
+                _ask(sock.setblocking, False)
             if local[0] in ("0.0.0.0", "::"):  # so each has its own
                 local = _peer_key(_ask(sock.getsockname) or local)
         except BaseException:  # of a signal handler

@@ -9863,7 +9863,7 @@ class TestLoop:
                 monkeypatch.setattr(tcpops, "_socket_for", lambda *_:
                                     signal.raise_signal(signal.SIGUSR1))
         elif where == "accepted":
-            real = socket.socket.setblocking
+            monkeypatch.setattr(tcpops, "_DONTWAIT", 0)
 
             def interrupt(*args):
                 monkeypatch.undo()

@@ -1937,7 +1937,7 @@ class Deadline(NamedTuple):
     time: Callable      #: (conn) -> when it fires, or NEVER
     reason: str         #: of the end
     errno: Optional[int]
-    detail: Callable    #: (conn, now) -> detail; None: put off, or pinged
+    fire: Callable      #: (conn, now) -> the end's detail; None: it goes on
 
 
 _PROBE_AGAIN = 0.25  #: seconds between two looks at a suspected peer
@@ -3400,7 +3400,7 @@ class Connection:
         """End for a deadline; but a FIN or RST that is still unread comes
         first, and more of a message than one recv() took puts it off.
         """
-        detail = row.detail(self, now)
+        detail = row.fire(self, now)
         if detail is None:
             return
         if self.phase is _CONNECTING:

@@ -3891,8 +3891,8 @@ class Listener:
             return sock.close()               # reset, and has no address
         local = self.local
         try:
-            # Needless where each call says so, and no default timeout is set.
-            if not _DONTWAIT or sock.gettimeout() is not None:
+            # On Linux each call says so; macOS' send() ignores that flag.
+            if not (_LINUX and _DONTWAIT) or sock.gettimeout() is not None:
                 _ask(sock.setblocking, False)
             if local[0] in ("0.0.0.0", "::"):  # so each has its own
                 local = _peer_key(_ask(sock.getsockname) or local)

@@ -1,4 +1,4 @@
-"""Conformance: the specification's demands, and what systems really answer.
+"""Conformance: the specification's demands, and the answers of real systems.
 
     python3 examples/conformance.py                  tcpops beside Kamailio
     python3 examples/conformance.py --only 3.5       one section of it
@@ -15,12 +15,12 @@ lifetime.  It makes, and removes again, a network namespace with a pair of
 interfaces (in 10.0.0.0/8) for each system that it starts, for the host that
 vanishes with its cable.  That needs root; anybody else is root in a network
 of their own (vanish.py) as long as nothing is asked at an address, or skips
-what needs it.
+those that need it.
 
 Any other system can be asked if it answers SIP requests at one IPv4 address,
 over TCP and over UDP, as follows.  A request is an OPTIONS with headers:
 
-    X-Ask      what to do: one of the specification's functions by its name,
+    X-Ask      the request: one of the specification's functions by its name,
                tcp_close_connection, or one of:
       conid          answer the $conid of this very message
       tcp_get_conid  answer the conid of a connection with the address X-1,
@@ -31,13 +31,13 @@ over TCP and over UDP, as follows.  A request is an OPTIONS with headers:
                      X-Otcpid on that conid (tcp_set_otcpid and its flag).
                      X-Conid names the connection, for a system that does not
                      take by itself one that its peer has ended
-      event          answer what the X-1st call of an event route, counted
-                     from 1, was told: the route's name (tcp:closed,
+      event          answer the argument of the X-1st call of an event route,
+                     counted from 1: the route's name (tcp:closed,
                      tcp:reset, tcp:timeout), $conid $proto $si $sp $Ri $Rp,
                      with blanks between; 0 if it has not come yet
       listener       answer the conid of the socket that accepts
       broken         bring a connection's socket into an unknown bad state,
-                     answer what tcp_conid_state says
+                     answer tcp_conid_state's value
       example 1.4    answer tcp_keepalive_enable("60", "5", "5")
       example 1.6    answer tcp_set_connection_lifetime("3605")
       answer, then tcp_close_connection
@@ -54,7 +54,7 @@ The answer is a 200 with the request's Via, From, To, Call-ID and CSeq, and the
 result in X-Result; "unknown" says that there is no such function, or form of
 it.  A response, 200, with these X- headers does the same in the onreply_route
 and has no answer.  Timeouts for connect, send and an incomplete message are
-3 s; what is no SIP ends its connection.
+3 s; bytes that are no SIP end their connection.
 
 closed_event is fixed when a system starts, so a system is several of them, one
 for each of MODES: NAME:MODE=HOST:PORT; scenarios of a mode that has no address
@@ -62,7 +62,7 @@ are skipped.  alone has no event_route but tcp:closed and a default lifetime of
 4 s, all others one of 120 s.  busy is as always; one address may serve both,
 if it is nobody's misfortune that its script sleeps for a while.
 
-Exit status: 1 if the system of --must-pass differs from what is demanded, or
+Exit status: 1 if the system of --must-pass differs from a demand, or
 if tcpops and Kamailio differ otherwise than GROUPS says.
 """
 
@@ -96,7 +96,7 @@ import tcpops
 import vanish as vanishing
 
 HERE = Path(__file__).resolve().parent
-#: What is started of a system: {mode: (closed_event, the default lifetime,
+#: The processes of a system: {mode: (closed_event, the default lifetime,
 #: whether event_route[tcp:closed] is the only one)}.
 MODES = {"always": (1, 120, False), "never": (0, 120, False),
          "manual": (2, 120, False), "alone": (1, 4, True),
@@ -150,7 +150,7 @@ class Subject:
         self.answer(msg.data)
 
     def answer(self, message):
-        """Do what a message asks; return the answer."""
+        """Do as a message asks; return the answer."""
         headers = fields(message.decode("utf-8", "replace").partition(
             "\r\n\r\n")[0])
         time.sleep(int(headers.get("x-delay", 0)) / 1e6)
@@ -162,7 +162,7 @@ class Subject:
         return "\r\n".join(lines).encode()
 
     def result(self, headers, message):
-        """Return what X-Result says."""
+        """Return the value for X-Result."""
         ask = headers.get("x-ask")
         if ask in self.ARGUMENTS:
             return int(self.call(ask, headers))
@@ -214,7 +214,7 @@ class Subject:
         return self.ops.tcp_conid_state(conid)
 
     def run(self):
-        """Have another loop, which has a UDP socket, drive ours: what comes
+        """Have another loop, which has a UDP socket, drive ours: a request
         by that comes from outside of any TCP message.
         """
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp, \
@@ -239,7 +239,7 @@ class Skip(Exception):
 
 
 class Event(NamedTuple):
-    """What a system says of the end of a connection."""
+    """A system's report of the end of a connection."""
     name: str
     conid: str
     proto: str
@@ -293,8 +293,8 @@ class Client:
     def answer(self, call, delay=0):
         """Return the result that came in answer.
 
-        Where none comes, something else is asked: what answers that, and has
-        not answered this, never will.
+        Where none comes, something else is asked: a system that answers that,
+        and has not answered this, never will.
         """
         found = self.receive(call, 0.7 + delay)
         if found is None:
@@ -528,18 +528,18 @@ def kamailio_command(mode, port, hosts, folder):
 
 COMMANDS = {"tcpops": tcpops_command, "kamailio": kamailio_command}
 
-# -- what a scenario works with -----------------------------------------------
+# -- the tools of a scenario --------------------------------------------------
 
 
 class Lab:
-    """One scenario with one system: what it opens ends with it."""
+    """One scenario with one system: its sockets end with it."""
 
     def __init__(self, system, number, net):
         self.system = system
         self.net = net
         self.socks = []
-        #: An address for each scenario: what is told of a connection is told
-        #: of no other.
+        #: An address for each scenario: its events are told from all
+        #: others' by it.
         self.source = f"127.{100 + number // 250}.{number % 250}.1"
         self.local = system.address[0].startswith("127.")
         self.note = ""
@@ -577,7 +577,7 @@ class Lab:
         asker.ask("forward", "%s:%d" % listener.getsockname())
         listener.settimeout(5)
         client = Client(self.keep(listener.accept()[0]))
-        client.sock.recv(65536)  # what was forwarded
+        client.sock.recv(65536)  # the message forwarded
         client.name = listener.getsockname()
         return client, asker
 
@@ -630,7 +630,7 @@ class Lab:
         return "ended"
 
     def timer(self, client):
-        """Return what the system's kernel says of a connection's timer, in
+        """Return a connection's timer, as the system's kernel has it, in
         tens of seconds or minutes: it has run for a while when it is read.
         """
         if not self.local:
@@ -669,7 +669,7 @@ def vanish(client):
     try:
         vanishing.vanish(client.sock)
     except PermissionError:
-        raise Skip("only root may have a socket drop what comes in here")
+        raise Skip("only root may have a socket drop all that comes in here")
 
 
 class Scenario(NamedTuple):

@@ -7,13 +7,13 @@ if you build a server of your own:
 
 - Nothing that is written waits for its reader.  Standard output and standard
   error have a thread and a bounded queue each (Output); a client of the
-  control socket has a bounded buffer (Client).  What finds no room is counted,
-  and the reader is told how much is missing.
+  control socket has a bounded buffer (Client).  Lines without room are
+  counted, and the reader is told how many are missing.
 - An answer is a generator (Server.command).  The loop takes SLICE seconds of
   all answers together in a turn, so a list of 10,000 connections keeps no one
   waiting, and a client that does not read stops its own answer only.
-- Your handlers run behind those of this program: what setup(ops) gets is a
-  facade (Facade) that keeps them apart.
+- Your handlers run behind those of this program: setup(ops) gets a facade
+  (Facade) that keeps them apart.
 """
 
 import argparse
@@ -60,7 +60,7 @@ REMEMBERED = 1000
 SLICE = 0.002
 #: Bytes of a command, and of commands that wait.
 LONGEST_COMMAND = 65536
-#: Bytes of an answer, and of what a client follows, that wait for it.
+#: Bytes of an answer, and of the lines a client follows, that wait for it.
 UNSENT, FOLLOWED = 65536, 262144
 #: Clients of the control socket at a time.
 CLIENTS = 100
@@ -128,8 +128,8 @@ The socket answers each line with lines of JSON: one for each item of a list,
 and a last one with "result", positive for success.  --call prints them for a
 person, or with --json as they are; -- ends its options.
 
-Signals: SIGINT (Ctrl-C) and SIGTERM close the listeners, send what is queued
-for 5 s at the most, and end every connection; a second one, or one during
+Signals: SIGINT (Ctrl-C) and SIGTERM close the listeners, send the queues for
+5 s at the most, and end every connection; a second one, or one during
 drain, stops at once.  SIGHUP is reload.
 
 Exit status: 0, also after a signal, 130 after a second one; 1 if the system
@@ -147,7 +147,7 @@ PLAIN_DETAILS = ("FIN from the peer", "closed by conid", "drained")
 
 
 class Failure(Exception):
-    """What cannot work, in one line; exit status 1."""
+    """A reason to give up, in one line; exit status 1."""
 
 
 def reason_of(error):
@@ -165,8 +165,8 @@ def format_address(host, port):
 class Output(logging.Handler):
     """Writes lines, and the log, to a stream from a thread of its own.
 
-    Who has a line never waits: what the queue has no room for is counted, and
-    missing(count) is the line that says so.
+    The caller never waits: lines for which the queue has no room are counted,
+    and missing(count) is the line that says so.
     """
 
     def __init__(self, stream, missing, failed=lambda: None):
@@ -198,7 +198,7 @@ class Output(logging.Handler):
         self._thread.join(max(0, timeout))
 
     def _run(self):
-        """Write what is queued, and at each gap how many lines it lacks."""
+        """Write the queue, and at each gap how many lines it lacks."""
         told, entry = 0, (0, "")
         while entry:
             entry = self._queue.get()
@@ -215,7 +215,7 @@ class Output(logging.Handler):
                 self._queue.put((self._lost, ""))
 
     def _put(self, text):
-        # What the encoding lacks is no reason to lose the line.
+        # A character that the encoding lacks must not lose the line.
         data = text.encode(self._encoding, "backslashreplace")
         while data and self._file is not None:
             sent = self._file.write(data)
@@ -225,7 +225,7 @@ class Output(logging.Handler):
 
 
 class Printed(io.TextIOBase):
-    """What handlers print goes the way of our lines: it waits for no reader.
+    """Prints of handlers go the way of our lines: they wait for no reader.
 
     Nor is a line of theirs cut by one of ours.
     """
@@ -241,7 +241,7 @@ class Printed(io.TextIOBase):
         return len(text)
 
     def finish(self):
-        """Write what has no end."""
+        """Write the last line, though it has no end."""
         if self._begun:
             self.write("\n")
 
@@ -297,7 +297,7 @@ YES = {"yes": True, "no": False, "on": True, "off": False, "1": True,
 
 
 def value_parser(name):
-    """Return (what makes a value of a filter's text, how a field is seen)."""
+    """Return (the parser of a filter's text, how a field is seen)."""
     if name in ("si", "Ri"):
         return functools.partial(ipaddress.ip_network, strict=False), str
     if name in ("proto", "framing", "origin"):
@@ -363,7 +363,7 @@ class Filters:
         return all(fits(fields) for fits in self._filters)
 
 
-# -- what is given on the command line ----------------------------------------
+# -- the values on the command line -------------------------------------------
 
 
 def keepalive_settings(text):
@@ -371,7 +371,7 @@ def keepalive_settings(text):
     try:
         keepalive = tcpops.Keepalive(*map(int, text.split(",")))
         with socket.socket() as sock:
-            tcpops.set_keepalive(sock, keepalive)  # what the system refuses
+            tcpops.set_keepalive(sock, keepalive)  # the system may refuse
     except OSError as error:
         raise ValueError(f"keepalive {text!r}: {error.strerror}") from None
     except (TypeError, ValueError):
@@ -445,7 +445,7 @@ def place(lowest_port, foreign, text):
 
 
 def for_argparse(parse):
-    """Return a type for argparse, which shows what a ValueError says."""
+    """Return a type for argparse, which shows a ValueError's words."""
     def parse_option(text):
         try:
             return parse(text)
@@ -476,8 +476,8 @@ OPTIONS = {
     "--framing": dict(
         type=for_argparse(framing), default="raw",
         metavar="|".join(tcpops.FRAMINGS),
-        help="what a message is: what was received at once (raw, the default),"
-        " a line, a SIP message, or that of a WebSocket (ws)"),
+        help="a message is the bytes received at once (raw, the default), a"
+        " line, a SIP message, or a WebSocket's (ws)"),
     "--certfile": dict(
         metavar="FILE", help="have listeners speak TLS, with this certificate"
         " (PEM)"),
@@ -500,24 +500,24 @@ OPTIONS = {
     "--max-connections": dict(
         metavar="N", type=int,
         help="how many at a time (default: as many as may be open)"),
-    "--echo": dict(action="store_true", help="send back what is received"),
+    "--echo": dict(action="store_true", help="send each message back"),
     "--routes": dict(
         metavar="FILE.py", help="your handlers: it defines setup(ops)"),
     "--show": dict(
         metavar="KIND,...", type=for_argparse(shown),
         default={"opened", "message", "end"},
-        help="what is shown: opened,message,end (default all)"),
+        help="show only these: opened,message,end (default all)"),
     "--quiet": dict(action="store_true", help="show nothing"),
     "--json": dict(action="store_true", help="one object a line"),
     "--control": dict(
         metavar="PATH", help="take commands over this Unix-domain socket"),
     "--call": dict(
         nargs="+", metavar=("PATH", "COMMAND"),
-        help="send a command to such a socket and print the answer; what"
-        " follows is the command, but --json"),
+        help="send a command to such a socket and print the answer; the"
+        " rest of the line is the command, but for --json"),
     "--log-level": dict(
         choices=("debug", "info", "warning", "error"), default="warning",
-        help="what is logged on standard error (default warning)"),
+        help="of the log on standard error (default warning)"),
     "--version": dict(
         action="version", version=f"tcpops {tcpops.__version__}"),
 }
@@ -535,7 +535,7 @@ def parse(argv):
     for name, how in OPTIONS.items():
         parser.add_argument(name, **how)
     words = sys.argv[1:] if argv is None else [*argv]
-    # argparse would not let a "--" through to what follows --call.
+    # argparse would not let a "--" through to the words behind --call.
     at = words.index("--call") if "--call" in words else len(words)
     options = parser.parse_args(words[:at])
     if at < len(words):
@@ -632,7 +632,7 @@ def client_context(wanted, cafile):
 
 
 class Facade:
-    """What setup(ops) gets: the TcpOps, but handlers are registered here.
+    """The argument of setup(ops): the TcpOps, but it registers handlers here.
 
     So they run beside those of the server, which has the TcpOps' own.
     """
@@ -687,7 +687,7 @@ class Facade:
 
 def load_routes(path, facade):
     """Import a file and call its setup(ops)."""
-    # What lies beside the file can be imported, as from any script.
+    # Modules beside the file can be imported, as from any script.
     sys.path.insert(0, os.path.dirname(os.path.abspath(path)))
     name = Path(path).stem
     if name in sys.modules:
@@ -708,7 +708,7 @@ def load_routes(path, facade):
 
 
 def explain(path, error):
-    """Return what was wrong with a file, and in which line of it."""
+    """Return the fault of a file, and in which line of it."""
     if isinstance(error, OSError) and error.filename == path:
         return f"cannot read {path}: {reason_of(error)}"
     if isinstance(error, AttributeError) and error.args == (
@@ -728,7 +728,7 @@ def explain(path, error):
 
 
 class LogTap(logging.Handler):
-    """Collects what is logged: the reason behind a command's -1."""
+    """Collects the log: the reason behind a command's -1."""
 
     def __init__(self):
         super().__init__(logging.WARNING)
@@ -750,8 +750,8 @@ class Server:
     """Handlers, and commands.
 
     A command is a generator of the dicts that it answers with, each a line;
-    None ends a slice that has nothing to say.  What it returns is the last
-    line, with the result.
+    None ends a slice that has nothing to say.  It returns the last line, with
+    the result.
     """
 
     def __init__(self, options, ops):
@@ -871,7 +871,7 @@ class Server:
             raise Failure("no connection was made")
 
     def complain(self, failure):
-        """Say on standard error what cannot work."""
+        """Write a Failure to standard error."""
         self._err.line(f"{NAME}: {failure}")
 
     def finish(self):
@@ -882,7 +882,7 @@ class Server:
         log.removeHandler(self._err)
         why = self._out.failure
         if why and not isinstance(why, BrokenPipeError):  # as after "| head"
-            self.complain(f"cannot write what happens: {why.strerror}")
+            self.complain(f"cannot write the events: {why.strerror}")
         self._err.finish(ends - time.monotonic())
         return not why
 
@@ -896,7 +896,7 @@ class Server:
             self._out.line(text)
 
     def _report(self, kind, name, conid, text, fields):
-        """Show what happened, and have followers know."""
+        """Show an event or a message, and have followers know."""
         if kind in self._options.show:
             now = time.time()
             clock = time.strftime("%H:%M:%S", time.localtime(now))
@@ -956,7 +956,7 @@ class Server:
         self.facade.happened(event)
 
     def _set_up(self, event):
-        """Give a new connection what its place asks for."""
+        """Give a new connection the settings of its place."""
         self.opened = True
         where = self._place_of(event.conid, event.listener)
         keepalive = self._option("keepalive", where)
@@ -992,7 +992,7 @@ class Server:
 
     @staticmethod
     def _apart(tap, answers):
-        """Yield what a command yields; meanwhile the tap collects nothing."""
+        """Yield a command's answers; meanwhile the tap collects nothing."""
         while True:
             log.addHandler(tap)
             try:
@@ -1131,7 +1131,7 @@ class Server:
         return {"result": 1}
 
     def _follow(self, _words):
-        yield None  # what is right, the client has taken itself
+        yield None  # the client itself has taken the right ones
         raise ValueError("it takes opened, message or end, or nothing")
 
     def _help(self, _words):
@@ -1149,15 +1149,15 @@ class Client:
         self._control, self._sock = control, sock
         self._commands, self._unsent = bytearray(), bytearray()
         self._answer = None     # the generator of the answer that is made
-        self._events = 0        # what the loop looks for
+        self._events = 0        # those that the loop selects
         self._gone = False      # it sends no more commands
-        self.kinds = ()         # what it follows
+        self.kinds = ()         # those that it follows
         self._lost = 0
         sock.setblocking(False)
         self._watch()
 
     def _watch(self):
-        """Have the loop look for what can be done next."""
+        """Have the loop select the events that it needs next."""
         events = WRITE if self._unsent else 0
         # Who sends commands faster than they can be answered has to wait.
         if not self._gone and len(self._commands) <= LONGEST_COMMAND:
@@ -1198,7 +1198,7 @@ class Client:
             self.close()
 
     def flush(self):
-        """Send what the socket takes; go on with the answer."""
+        """Send as much as the socket takes; go on with the answer."""
         try:
             while self._unsent:
                 del self._unsent[:self._sock.send(self._unsent)]
@@ -1248,7 +1248,7 @@ class Client:
         self.flush()
 
     def follow(self, line):
-        """Send a line of what it follows, or count it."""
+        """Send a line that it follows, or count it."""
         if len(self._unsent) > FOLLOWED:
             self._lost += 1
             return
@@ -1290,7 +1290,7 @@ class Control:
         ops.attend(self._sock, READ, self._accept)
 
     def _remove_stale(self):
-        """Remove what a program that was killed has left; spare the rest."""
+        """Remove the socket of a program that was killed; spare the rest."""
         with socket.socket(socket.AF_UNIX) as sock:
             try:
                 sock.connect(self._path)
@@ -1348,7 +1348,7 @@ class Control:
                 break
 
     def touch(self, client):
-        """Send what a follower has got, together with the rest of a turn."""
+        """Send a follower's lines, together with the rest of a turn."""
         if not self._touched:
             self.ops.call_soon(self._flush_touched)
         self._touched.add(client)

@@ -1793,7 +1793,7 @@ class TlsFraming(Framing):
                                      str(failure))).lower().replace("_", " ")
         # Alerts 110 to 114 are "tlsv1 unrecognized name", say.
         reason = re.sub(r"^(?:sslv3|tlsv1\d?) (?:alert )?", "the peer says ",
-                        reason).replace("unknown error", "one without a name")
+                        reason).replace("unknown error", "an unnamed error")
         if reason in ("wrong version number", "http request"):
             reason += " (plain text on a TLS port?)"
         elif reason == "no shared cipher":

@@ -11184,6 +11184,26 @@ class TestTls:
         assert world.messages[0].data == b"hello"
 
 
+@needs_tls
+class TestCorpusTls:
+    """Faults that peers out of their senses have shown."""
+
+    @pytest.mark.skipif(PYPY, reason="PyPy's ssl fails where no name is")
+    @pytest.mark.parametrize("number", [0, 117, 255])
+    def test_an_alert_without_a_name(self, make_world, number):
+        _, context = contexts()
+        world = make_world()
+        server = world.server()
+        world.ops.connect(*server.getsockname(), tls=context,
+                          server_hostname="localhost")
+        sock = world.accept(server)
+        world.step(1)
+        sock.sendall(b"\x15\x03\x03\0\x02\x02" + bytes([number]))
+        world.until(world.ends)
+        assert world.ends()[0].detail == (
+            "TLS handshake failed: an unnamed error")
+
+
 # -- the same over every transport --------------------------------------------
 
 

@@ -1794,7 +1794,7 @@ class TlsFraming(Framing):
         # Alerts 110 to 114 are "tlsv1 unrecognized name", say.
         reason = re.sub(r"^(?:sslv3|tlsv1\d?) (?:alert )?", "the peer says ",
                         reason).replace("unknown error", "an unnamed error")
-        if reason in ("wrong version number", "http request"):
+        if not self._shaken and reason.startswith(("wrong version", "http")):
             reason += " (plain text on a TLS port?)"
         elif reason == "no shared cipher":
             reason += " (has the listener's context a certificate?)"

@@ -11203,6 +11203,20 @@ class TestCorpusTls:
         assert world.ends()[0].detail == (
             "TLS handshake failed: an unnamed error")
 
+    def test_a_proxy_request_is_plain_text(self, make_world):
+        world = make_world(tls=contexts()[0])
+        Peer(world).sock.sendall(b"CONNECT a:443 HTTP/1.1\r\n\r\n")
+        world.until(world.ends)
+        assert "plain text on a TLS port" in world.ends()[0].detail
+
+    def test_garbage_behind_the_handshake_is_no_plain_text(self, make_world):
+        """The peer speaks TLS: it has come to the right port."""
+        server, client = contexts()
+        world = make_world(tls=server)
+        Peer(world, client).sock.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        world.until(world.ends)
+        assert world.ends()[0].detail == "TLS: wrong version number"
+
 
 # -- the same over every transport --------------------------------------------
 

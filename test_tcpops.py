@@ -19198,6 +19198,21 @@ def serving(name):
             process.kill()
 
 
+@needs_sip
+class TestPcSipServer:
+    """examples/sip_server.py, where a request cannot be sent on."""
+
+    @pytest.mark.parametrize("method", ["OPTIONS", "INVITE"])
+    def test_no_one_listens_there(self, method):
+        """On loopback the RST is here before forward has returned."""
+        with serving("sip_server") as address, socket.create_connection(
+                address, 5) as sock:
+            sock.sendall(sip(f"{method} sip:127.0.0.1:{free_port()} SIP/2.0\n"
+                             "To: <sip:x>\nCall-ID: 1"))
+            assert sock.recv(1000).startswith(
+                b"SIP/2.0 503 Service Unavailable\r\n")
+
+
 DEATHS_PROGRAM = [sys.executable, "-W", "error",
                   str(HERE / "examples" / "deaths.py")]
 

@@ -103,11 +103,12 @@ def relay(msg, conid):
            f";branch=z9hG4bKconid{msg.conid}-{branch[1] if branch else ''}")
     data = b"%s\r\n%s\r\n%s" % (start, via.encode(), rest)
     sent = (ops.send(conid, data) if conid else ops.forward(msg.uri, data))
-    if not sent and msg.method != "ACK":
-        answer(msg, "503 Service Unavailable")
-    elif msg.method != "ACK":
-        callee = conid or ops.tcp_get_conid(msg.uri)
+    # None is found where the connect was refused meanwhile, as on loopback.
+    callee = sent and (conid or ops.tcp_get_conid(msg.uri))
+    if msg.method != "ACK" and callee > 0:
         calls[callee, msg.header("Call-ID")] = msg.conid, msg
+    elif msg.method != "ACK":
+        answer(msg, "503 Service Unavailable")
     if sent and msg.method == "INVITE":
         show(f"INVITE relayed from conid {msg.conid} to conid {conid}")
 

@@ -1204,6 +1204,7 @@ _REQUEST = re.compile(
     rf"(?:\r\n{_TOKEN.pattern}:[^\0\r\n]*(?:\r\n[ \t][^\0\r\n]*)*){{0,100}}"
     r"\r\n\r\n")
 _PHRASES = {status.value: status.phrase for status in http.HTTPStatus}
+_BODILESS = dict.fromkeys((204, 304), {"content-length": "0"})  # RFC 9112, 6.3
 _CHUNK = re.compile(rb"([0-9A-Fa-f]{1,15})[^\r\n]*\r\n")
 _LISTS = r"(?ai)(?:.*,)?\s*%s\s*(?:,.*)?"
 _ABSENT = "\r\n"  #: stands for the value of a header that is not there
@@ -1291,7 +1292,7 @@ class WebSocketFraming(Framing):
         self.opened = False
         self.subprotocol = None  #: the one agreed on
         self._key = None         # of a client's handshake
-        self._refusal = None     # (status, headers, the same as dict, detail)
+        self._refusal = None     # (status, headers, the body's, detail)
         self._frame = None       # (opcode, final, mask) of what comes in
         self._left = 0           # bytes of it that have not come
         self._kind = None        # opcode of the message that comes in
@@ -1411,7 +1412,7 @@ class WebSocketFraming(Framing):
     def _refuse(self, text, status=400, added=()):
         """Raise ProtocolError; a server queues an answer first."""
         body, old = text.encode("utf-8", "surrogateescape"), status == 426
-        bare = status in (204, 304)  # RFC 9110, 15.3.5 and 15.4.5
+        bare = status in _BODILESS
         start = f"{status:d} {_PHRASES.get(status, '')}"
         if not self.client:
             self._say_http(f"HTTP/1.1 {start}", {
@@ -1442,7 +1443,7 @@ class WebSocketFraming(Framing):
         elif 100 <= status < 200:
             return False  # another one will follow: RFC 9110, 15.2
         elif status:
-            self._refusal = status, pairs, headers, says
+            self._refusal = status, pairs, _BODILESS.get(status, headers), says
             del self.buffer[:len(head)]
             return self._take_body()
         self._require((
@@ -1837,8 +1838,7 @@ class TlsFraming(Framing):
     def _collect(self):
         """Encrypt the inner framing's bytes, unless OpenSSL has given up."""
         if self.inner.output and self._shaken:
-            data = bytes(self.inner.output)
-            self.inner.output.clear()
+            data, self.inner.output = self.inner.output, bytearray()
             for at in range(0, 0 if self._failure else len(data),
                             _LONGEST_RECORD):
                 self.tls.write(data[at:at + _LONGEST_RECORD])

@@ -6152,6 +6152,23 @@ class TestRequestHead:
 
 
 @needs_ws
+class TestPcAnswerWithoutBody:
+    """One of 204 or 304 ends with its head, whatever that says."""
+
+    @pytest.mark.parametrize("answer", [
+        b"204 No Content", b"304 Not Modified\r\nContent-Length: 9",
+        b"204 \r\nTransfer-Encoding: chunked",
+        b"304 \r\nContent-Length: 2\r\nConnection: keep-alive"])
+    @pytest.mark.parametrize("more", [b"", b"more"])
+    def test_it_is_heard_at_once(self, make_world, answer, more):
+        """Though neither FIN nor a body follows (RFC 9112, 6.3)."""
+        event, heard = TestRequestHead().refused(
+            make_world, answer + b"\r\nX: \xff\r\n\r\n" + more, None)
+        assert heard == b"" and event.reason == "protocol"
+        assert answer[:3].decode() in event.detail
+
+
+@needs_ws
 class TestRefuse:
     """What refuse() may answer, and what a fault of the program's does."""
 

@@ -20118,6 +20118,28 @@ class TestExercises:
         assert (done.stderr, done.stdout) == ("", "")
 
 
+class TestPcExercises:
+    """A right answer is right, however much the kernels hold."""
+
+    def test_kernels_that_take_all_from_the_middle_on(self, monkeypatch):
+        checks = importlib.import_module("exercises_checks")
+        solutions = importlib.import_module("solutions")
+        made, real = [], checks.Server.client
+
+        def client(server, small=0):
+            # The third of four is late; its buffer is not small here.
+            made.append((server.ops, real(server, small=len(made) % 4 == 1)))
+            return made[-1][1]
+        monkeypatch.setattr(checks.Server, "client", client)
+        try:
+            checks.feed(solutions.feed)
+        finally:
+            for ops, peer in made:
+                peer.sock.close()
+                ops.close()
+        assert len(made) == 8
+
+
 class TestExercisesCourse:
     """The course of 90 minutes in examples/README.md."""
 

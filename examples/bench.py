@@ -14,6 +14,9 @@ slows the machine for a while slows both sides.  "ok" and "MISS" say whether a
 figure, or its ratio to a peer's, is within what we aim at.  Linux only.
 """
 
+if __name__ == "__main__":
+    import quiet  # before the rest: it may be interrupted there
+
 import argparse
 import asyncio
 import contextlib
@@ -771,7 +774,7 @@ def show(row):
               f" at most {target['limit']}")
     if row["note"]:
         print("    " + row["note"])
-    sys.stdout.flush()
+    print(end="", flush=True)
 
 
 def main():
@@ -788,6 +791,7 @@ def main():
     parser.add_argument("--serve", choices=SERVERS | {"alone": None},
                         help=argparse.SUPPRESS)
     parser.add_argument("--kind", default="echo", help=argparse.SUPPRESS)
+    parser.error = lambda text: parser.exit(2, f"bench.py: {text}\n")
     options = parser.parse_args()
     cores = sorted(os.sched_getaffinity(0))
     if options.serve:
@@ -822,10 +826,4 @@ def main():
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        main()
-        sys.stdout.flush()
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:  # of "| head", say
-        os._exit(1)
+    main()

@@ -12,9 +12,10 @@ Prints:
       tcp:timeout (no answer in 0.6 s): nothing came at all
 """
 
+from slow import pace, soon  # first: it finds tcpops.py, too
+
 import socket
 
-from slow import pace, soon  # finds tcpops.py, too
 import tcpops
 from vanish import full_backlog
 

@@ -2103,6 +2103,7 @@ def parser():
                      help="print a Markdown table")
     how.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--serve", nargs="+", help=argparse.SUPPRESS)
+    parser.error = lambda text: parser.exit(2, f"conformance.py: {text}\n")
     return parser
 
 

@@ -7,8 +7,9 @@ Four sections can be left out, in any choice: sip, ws (WebSocket), tls and cli
 is a ValueError.  The sections keep their numbers.
 """
 
+import quiet  # before the rest: it may be interrupted there
+
 import argparse
-import os
 import re
 from pathlib import Path
 
@@ -30,7 +31,4 @@ for title in map(TITLES.get, leaves):
     sections[0] = re.sub(rf" *\d+  {title}(?=  |\n)",
                          lambda entry: " " * len(entry[0]), sections[0])
 sections[0] = re.sub(" +\n", "\n", sections[0])
-try:
-    print("".join(sections), end="", flush=True)
-except BrokenPipeError:  # of "| head", say
-    os._exit(1)
+print("".join(sections), end="")

@@ -18,6 +18,9 @@ TCP_INFO counts the segments that our kernel has sent again.  For MSG_PEEK,
 EAGAIN means: no data, and no end.
 """
 
+if __name__ == "__main__":
+    import quiet  # before the rest: it may be interrupted there
+
 import argparse
 import asyncio
 import contextlib
@@ -420,9 +423,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:  # of "| head", say
-        os._exit(1)
+    sys.exit(main())

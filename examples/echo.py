@@ -11,11 +11,12 @@ Prints:
     conid 2 ended: eof after 5 bytes in, 5 out
 """
 
+from slow import options, soon  # first: it finds tcpops.py, too
+
 import contextlib
 import socket
 import sys
 
-from slow import options, soon  # finds tcpops.py, too
 import tcpops
 
 ops = tcpops.TcpOps()

@@ -7,9 +7,10 @@ Prints:
     conid 2 ended: idle for 0.2 s
 """
 
+from slow import soon  # first: it finds tcpops.py, too
+
 import asyncio
 
-from slow import soon  # finds tcpops.py, too
 import tcpops
 
 ops = tcpops.TcpOps()  # its clock is asyncio's clock: time.monotonic

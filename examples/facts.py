@@ -9,8 +9,11 @@ SO_ERROR read twice, and recv, which only looks (MSG_PEEK).  The status is 1 if
 a fact does not hold.
 """
 
+if __name__ == "__main__":
+    import quiet  # before the rest: it may be interrupted there
+
+import argparse
 import errno
-import os
 import selectors
 import socket
 import struct
@@ -139,9 +142,9 @@ def main(tries=(deadlines, keepalive, probing)):
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:  # of "| head", say
-        os._exit(1)
+    parser = argparse.ArgumentParser(
+        usage="facts.py", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda text: parser.exit(2, f"facts.py: {text}\n")
+    parser.parse_args()
+    sys.exit(main())

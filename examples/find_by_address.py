@@ -13,9 +13,10 @@ Prints:
     without a port it is 5060: ('10.0.0.1', 5060)
 """
 
+from slow import soon  # first: it finds tcpops.py, too
+
 import socket
 
-from slow import soon  # finds tcpops.py, too
 import tcpops
 
 ops = tcpops.TcpOps()

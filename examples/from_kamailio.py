@@ -45,9 +45,10 @@ Prints:
     TCP connection closed (6)
 """
 
+from slow import soon  # first: it finds tcpops.py, too
+
 import socket
 
-from slow import soon  # finds tcpops.py, too
 import tcpops
 
 ops = tcpops.TcpOps()

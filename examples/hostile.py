@@ -9,6 +9,9 @@ kernel's socket buffers) per connection, once it has had a third of them.  The
 garbage collector is off; a slow clock lets no deadline fire.  Linux only.
 """
 
+if __name__ == "__main__":
+    import quiet  # before the rest: it may be interrupted there
+
 import argparse
 import contextlib
 import ctypes
@@ -194,7 +197,4 @@ def main():
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
-    try:
-        main()
-    except BrokenPipeError:  # of "| head", say
-        os._exit(1)
+    main()

@@ -13,10 +13,11 @@ Prints:
     after: None
 """
 
+from slow import soon  # first: it finds tcpops.py, too
+
 import logging
 import socket
 
-from slow import soon  # finds tcpops.py, too
 import tcpops
 
 logging.disable()  # the log would say why the impossible is refused

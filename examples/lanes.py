@@ -13,6 +13,9 @@ peers are in lanes_peer.py, the sentences in lanes_words.py.  To vanish, a peer
 needs Linux, but not root.
 """
 
+if __name__ == "__main__":
+    import quiet  # before the rest: it may be interrupted there
+
 import argparse
 import collections
 import errno
@@ -449,6 +452,7 @@ def main():
         description="Serves a page on which one breaks real connections.")
     parser.add_argument("--port", type=int, default=0,
                         help="of the page; its WebSocket has the next one")
+    parser.error = lambda text: parser.exit(2, f"lanes.py: {text}\n")
     port = parser.parse_args().port
     if not 0 <= port < 65535:
         parser.error(f"--port {port}: it can be 0 to 65534, for the WebSocket"

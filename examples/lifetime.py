@@ -11,9 +11,10 @@ Prints:
     conid 3 ended: idle for 0.6 s
 """
 
+from slow import pace, soon  # first: it finds tcpops.py, too
+
 import socket
 
-from slow import pace, soon  # finds tcpops.py, too
 import tcpops
 
 ops = tcpops.TcpOps(connection_lifetime=0.3 * pace)  # seconds idle

@@ -10,9 +10,10 @@ Prints:
     conid 3 says b'hello'
 """
 
+from slow import soon  # first: it finds tcpops.py, too
+
 import socket
 
-from slow import soon  # finds tcpops.py, too
 import tcpops
 
 ops = tcpops.TcpOps()

@@ -10,11 +10,12 @@ Prints:
     send: 1
 """
 
+from slow import soon  # first: it finds tcpops.py, too
+
 import contextlib
 import itertools
 import socket
 
-from slow import soon  # finds tcpops.py, too
 import tcpops
 
 ops = tcpops.TcpOps(max_write_buffer=100000, send_timeout=60)

@@ -19,13 +19,14 @@ Prints:
     BYE: 200, keepalive of 3 and 2 is None and None
 """
 
+from slow import options, soon  # first: it finds tcpops.py, too
+
 import contextlib
 import ipaddress
 import re
 import socket
 import sys
 
-from slow import options, soon  # finds tcpops.py, too
 import tcpops
 
 # Example 1.6 of the specification: 10 s as the default lifetime.

@@ -7,6 +7,8 @@ look at the connection from outside, say with "ss -tno".  Limits that would
 then be over too soon take ten times as long.
 """
 
+import quiet  # before the rest: it may be interrupted there
+
 import argparse
 import sys
 import time
@@ -14,6 +16,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import tcpops
+
+
+def address(text):
+    try:
+        return tcpops.parse_address(text)
+    except ValueError as error:  # of which argparse would not show the words
+        raise argparse.ArgumentTypeError(error)
+
 
 parser = argparse.ArgumentParser(
     description=sys.modules["__main__"].__doc__,
@@ -23,7 +33,7 @@ parser.add_argument("--slow", action="store_true",
 parser.set_defaults(listen=None)
 if "--listen" in (parser.description or ""):
     parser.add_argument(
-        "--listen", metavar="HOST:PORT", type=tcpops.parse_address,
+        "--listen", metavar="HOST:PORT", type=address,
         help="stay up, and serve there")
 parser.error = lambda text: parser.exit(2, f"{parser.prog}: {text}\n")
 options = parser.parse_args()
@@ -31,12 +41,12 @@ pace = 10 if options.slow else 1  #: times as long: what would be over too soon
 
 
 def last_words(kind, error, trace):
-    """Say in a line why --listen cannot be had; Ctrl-C needs no words."""
+    """Say in a line why --listen cannot be had."""
     if options.listen and issubclass(kind, OSError):
         print("%s: %s:%d:" % (parser.prog, *options.listen), error.strerror,
               file=sys.stderr)
-    elif kind is not KeyboardInterrupt:
-        sys.__excepthook__(kind, error, trace)
+    else:
+        quiet.last_words(kind, error, trace)
 
 
 sys.excepthook = last_words

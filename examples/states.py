@@ -11,9 +11,10 @@ Prints:
     the listener, by comparison: 2 ACCEPT, alive: 1
 """
 
+from slow import soon  # first: it finds tcpops.py, too
+
 import socket
 
-from slow import soon  # finds tcpops.py, too
 import tcpops
 
 ops = tcpops.TcpOps()

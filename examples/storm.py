@@ -594,6 +594,7 @@ def arguments(argv):
     parser = argparse.ArgumentParser(
         usage="storm.py [--seeds A-B] [--jobs N] [--steps K] [--witness] ...",
         description=__doc__.split("\n")[0])
+    parser.error = lambda text: parser.exit(2, f"storm.py: {text}\n")
     add = parser.add_argument
     add("--seeds", type=numbers, default=(1, 100), metavar="A-B")
     add("--jobs", type=at_least_one, default=1, metavar="N",

@@ -8,10 +8,11 @@ Prints:
     conid 4: tcp:timeout, lifetime (idle for 0.2 s)
 """
 
+from slow import soon  # first: it finds tcpops.py, too
+
 import socket
 import struct
 
-from slow import soon  # finds tcpops.py, too
 import tcpops
 
 ops = tcpops.TcpOps()

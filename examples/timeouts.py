@@ -12,9 +12,10 @@ Prints:
       (its queue made no progress for 0.4 s, and its state was OK)
 """
 
+from slow import pace, soon  # first: it finds tcpops.py, too
+
 import socket
 
-from slow import pace, soon  # finds tcpops.py, too
 import tcpops
 
 LIMIT = 0.4 * pace

@@ -14,6 +14,8 @@ Prints:
 (plain text on a TLS port?))
 """
 
+from slow import options, soon  # first: it finds tcpops.py, too
+
 import contextlib
 import socket
 import ssl
@@ -21,7 +23,6 @@ import sys
 import threading
 from pathlib import Path
 
-from slow import options, soon  # finds tcpops.py, too
 import tcpops
 
 

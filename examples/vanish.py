@@ -9,6 +9,9 @@ made by unshare, in which they count as root.  It has no interface but
 loopback, and nothing of it is left when the command has ended.
 """
 
+if __name__ == "__main__":
+    import quiet  # before the rest: it may be interrupted there
+
 import atexit
 import os
 import select
@@ -132,8 +135,18 @@ def enter():
     ctypes.CDLL(None).mount(b"tmpfs", b"/run", b"tmpfs", 0, None)
 
 
+def main():
+    """Run a command; without one, say whether it would do."""
+    command = sys.argv[1:]
+    about = command[0] if command else "no peer can vanish here"
+    try:
+        if command:
+            enter()
+            os.execvp(about, command)
+        print("in a network of one's own" if where() else "as it is")
+    except OSError as error:
+        sys.exit(f"vanish.py: {about}: {error.strerror or error}")
+
+
 if __name__ == "__main__":
-    if sys.argv[1:]:
-        enter()
-        os.execvp(sys.argv[1], sys.argv[1:])
-    print("in a network of one's own" if where() else "as it is")
+    main()

@@ -8,10 +8,11 @@ Prints:
     conid 1, without keepalive: 1 OK, alive: 1
 """
 
+from slow import soon  # first: it finds tcpops.py, too
+
 import socket
 import sys
 
-from slow import soon  # finds tcpops.py, too
 import tcpops
 from vanish import go_there, vanish
 

@@ -2,26 +2,27 @@
 
     python3 examples/ws_chat.py [--slow]
     python3 examples/ws_chat.py --listen 127.0.0.1:8080
-        stays up; open http://127.0.0.1:8080 in two browsers; the chat
-        itself has the port behind that.  With 0.0.0.0:8080 it is open to
-        other machines, too: there by an address of this one
+        stays up; open http://127.0.0.1:8080 in two browsers.  With
+        0.0.0.0:8080 it is open to other machines, too: there by an address
+        of this one
 
 Prints:
     the page: HTTP/1.1 200 OK
+    ann hears: 3 joined
     ann hears: 4 joined
-    ann hears: 5 joined
-    bob hears: 5 joined
-    ann hears: 5: hello
-    bob hears: 5: hello
-    ann hears: 5 left (close frame 1000)
+    bob hears: 4 joined
+    ann hears: 4: hello
+    bob hears: 4: hello
+    ann hears: 4 left (close frame 1000)
 """
+
+from slow import options, soon  # first: it finds tcpops.py, too
 
 import contextlib
 import select
 import socket
 import sys
 
-from slow import options, soon  # finds tcpops.py, too
 import tcpops
 
 PAGE = """<!DOCTYPE html>
@@ -33,7 +34,7 @@ PAGE = """<!DOCTYPE html>
 <pre id="heard"></pre>
 <script>
   // The host that this page came from: it may have many names.
-  const ws = new WebSocket("ws://" + location.hostname + ":PORT");
+  const ws = new WebSocket("ws://" + location.host);
   const show = text => heard.textContent += text + "\\n";
   ws.onopen = () => show("you are in");
   ws.onmessage = event => show(event.data);
@@ -50,6 +51,15 @@ ops = tcpops.TcpOps(connection_lifetime=3600)
 present = set()  # conids
 
 
+class Chat(tcpops.WebSocketFraming):
+    """A WebSocket; a request that asks for none gets the page."""
+
+    def refuse(self, path, headers):
+        if "upgrade" in dict(headers):
+            return None
+        return 200, [("Content-Type", "text/html; charset=utf-8")], PAGE
+
+
 def tell_all(text):
     """Send to whoever is in; who does not read in time is left out."""
     for conid in present:
@@ -58,26 +68,18 @@ def tell_all(text):
 
 @ops.request_route
 def on_message(msg):
-    if msg.proto == "ws":
-        if msg.text is not None:
-            tell_all(f"{msg.conid}: {msg.text}")
-    elif msg.data == b"":  # HTTP, line by line: the end of the headers
-        body = PAGE.replace("PORT", str(chat.Rp))
-        msg.reply("HTTP/1.1 200 OK\r\nContent-Type: text/html; charset=utf-8"
-                  f"\r\nContent-Length: {len(body.encode())}\r\n"
-                  f"Connection: close\r\n\r\n{body}")
-        ops.tcp_close_connection()
+    if msg.text is not None:
+        tell_all(f"{msg.conid}: {msg.text}")
 
 
 @ops.event_route("tcp:opened")
 def joined(event):
-    if event.proto == "ws":
-        present.add(event.conid)
-        tell_all(f"{event.conid} joined")
+    present.add(event.conid)
+    tell_all(f"{event.conid} joined")
 
 
 def left(event):
-    if event.conid in present:
+    if event.conid in present:  # it did not only get the page
         present.remove(event.conid)
         tell_all(f"{event.conid} left ({event.detail})")
 
@@ -85,14 +87,12 @@ def left(event):
 for name in ("tcp:closed", "tcp:reset", "tcp:timeout"):
     ops.event_route(name)(left)
 
-host, port = options.listen or ("127.0.0.1", 0)
-page = ops.connection(ops.listen(host, port, framing="line"))
-chat = ops.connection(ops.listen(host, port and port + 1, framing="ws"))
+chat = ops.connection(ops.listen(
+    *(options.listen or ("127.0.0.1", 0)), framing=Chat))
 if options.listen:
     # A wildcard address is none to open.
-    here = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(page.Ri, page.Ri)
-    print(f"open http://{tcpops.format_address(here, page.Rp)} - the chat is"
-          f" on port {chat.Rp}", flush=True)
+    here = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(chat.Ri, chat.Ri)
+    print(f"open http://{tcpops.format_address(here, chat.Rp)}", flush=True)
     with contextlib.suppress(KeyboardInterrupt):
         ops.run()
     present.clear()  # all leave: no one is told of the others
@@ -117,7 +117,7 @@ def wait_for(count):
 
 
 soon("a browser asks for the page")
-browser = socket.create_connection((page.Ri, page.Rp))
+browser = socket.create_connection((chat.Ri, chat.Rp))
 browser.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
 while not select.select([browser], [], [], 0)[0]:
     ops.step()

@@ -21457,9 +21457,10 @@ class TestLanesInABrowser:
             assert not page.run(self.within(other, ".verdict")
                                 + ".checkVisibility()")
         page.until(self.within(number, ".clocks") + ".children.length == 4")
+        lane = self.within(number, "") + ".getBoundingClientRect()"
         if width > 760:  # all of it on one slide
-            assert page.run(self.within(number, "")
-                            + ".getBoundingClientRect().bottom") <= 800
+            assert page.run(f"{lane}.bottom") <= 800
+        assert page.run(f"{lane}.height") <= 800
         assert "with K" in page.run(
             self.within(number, "[data-action=vanish]") + ".innerText")
         page.run(self.within(1, "h2") + ".dispatchEvent("

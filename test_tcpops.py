@@ -19720,6 +19720,15 @@ def judged(number, answer, folder, *words):
     return " ".join(told.split())
 
 
+def solved_but(*changes):
+    """Return the solutions with some words in place of others."""
+    text = Path(SOLUTIONS).read_text(encoding="utf-8")
+    for right, wrong in changes:
+        assert text.count(right) == 1, right
+        text = text.replace(right, wrong)
+    return text
+
+
 #: Wrong answers: the exercise, the words for what happens, the answer.
 WRONG_ANSWERS = [
     (1, r"lifetimes\(ops, 40, 7\): a client .* closed after", """
@@ -19777,69 +19786,20 @@ class Server:
     def serve(self):
         return self.sock.recv(1000000), "eof"
 """),
-    (4, "for the peer that sent FIN: 1; 0 is right", """
-def watch(ops, limit, gone):
-    @ops.event_route("tcp:opened")
-    def on_open(event):
-        ops.tcp_keepalive_enable(event.conid, 1, 1, 1)
-
-    @ops.event_route("tcp:closed")
-    def on_end(event):
-        gone(event.conid)
-"""),
-    (4, "for the peer that vanished while idle: 0; 1 is right", """
-def watch(ops, limit, gone):
-    @ops.event_route("tcp:opened")
-    def on_open(event):
-        ops.tcp_keepalive_enable(event.conid, limit, 3, 1)
-
-    @ops.event_route("tcp:timeout")
-    def on_end(event):
-        gone(event.conid)
-"""),
-    (4, "the keepalive that you set needs 100 s: Keep", """
-def watch(ops, limit, gone):
-    @ops.event_route("tcp:opened")
-    def on_open(event):
-        ops.tcp_keepalive_enable(event.conid, 1, 1, 1 if limit < 5 else 99)
-
-    @ops.event_route("tcp:timeout")
-    def on_end(event):
-        gone(event.conid)
-"""),
-    (4, "that is there: one that was silent for a lifetime of 0.6 s", """
-def watch(ops, limit, gone):
-    @ops.event_route("tcp:opened")
-    def on_open(event):
-        ops.tcp_keepalive_enable(event.conid, limit - 1, 1, 1)
-
-    @ops.event_route("tcp:timeout")
-    def on_end(event):
-        if event.reason != "send":
-            gone(event.conid)
-"""),
-    (4, "that is there: one that has read nothing for a send_timeout", """
-def watch(ops, limit, gone):
-    @ops.event_route("tcp:opened")
-    def on_open(event):
-        ops.tcp_keepalive_enable(event.conid, limit - 1, 1, 1)
-
-    @ops.event_route("tcp:timeout")
-    def on_end(event):
-        if event.reason != "lifetime":
-            gone(event.conid)
-"""),
-    (4, "that is there: one whose connection we have closed", """
-def watch(ops, limit, gone):
-    @ops.event_route("tcp:opened")
-    def on_open(event):
-        ops.tcp_keepalive_enable(event.conid, limit - 1, 1, 1)
-
-    @ops.event_route("tcp:closed")
-    def on_end(event):
-        if event.reason not in ("eof", "reset", "lifetime"):
-            gone(event.conid)
-"""),
+    (4, "for the peer that sent FIN: 1; 0 is right", solved_but(
+        ("limit - 1, 1, 1", "1, 1, 1"), ("tcp:timeout", "tcp:closed"),
+        ('event.reason == "keepalive"', "True"))),
+    (4, "for the peer that vanished while idle: 0; 1 is right", solved_but(
+        ("limit - 1, 1, 1", "limit, 3, 1"))),
+    (4, "the keepalive that you set needs 100 s: Keep", solved_but(
+        ("limit - 1, 1, 1", "1, 1, 1 if limit < 5 else 99"))),
+    (4, "that is there: one that was silent for a lifetime of 0.6 s",
+     solved_but(('reason == "keepalive"', 'reason != "send"'))),
+    (4, "that is there: one that has read nothing for a send_timeout",
+     solved_but(('reason == "keepalive"', 'reason != "lifetime"'))),
+    (4, "that is there: one whose connection we have closed", solved_but(
+        ("tcp:timeout", "tcp:closed"),
+        ('== "keepalive"', 'not in ("eof", "reset", "lifetime")'))),
     (5, "asks for /chat/tea..pot: .*101 .*403 is right", """
 import tcpops
 
@@ -20209,6 +20169,151 @@ class TestExercisesCourse:
         assert [name for key in keys.lower().split(", ")
                 for name, action in actions.items() if action.key == key] == [
             "accept", "stop", "write", "close", "resume"]
+
+
+class TestExEnds:
+    """How examples end on wrong words, Ctrl-C, or output that is not read."""
+
+    SMALL = TestDeathsSlowExamples.SLOW
+    #: Of the others, the words with which they are soon at their output.
+    OTHERS = {"cut": ["tls"], "deaths": ["--only", "fin"], "exercises": [],
+              "facts": [], "lanes": [], "vanish": [],
+              "hostile": ["--only", "raw", "--connections", "3"],
+              "bench": ["--quick", "--only", "state"],
+              "storm": ["--seeds", "1-1"], "conformance": ["--differences"]}
+    NEEDS = {"lanes": [needs_ws], "cut": [needs_tls, needs_sip, needs_ws],
+             "hostile": [needs_tls, needs_ws, needs_sip],
+             "bench": [needs_tls, needs_ws, needs_sip],
+             "storm": [needs_tls, needs_ws, needs_sip],
+             "conformance": [needs_sip]}
+    NAMES = [*marked(*SMALL), *(
+        pytest.param(name, marks=NEEDS.get(name, ())) for name in OTHERS)]
+
+    def run(self, name, words, **how):
+        if name == "vanished_peer" and why_nobody_vanishes():
+            pytest.skip(why_nobody_vanishes())
+        if name not in self.SMALL and not LINUX:
+            pytest.skip("it asks for what is Linux'")
+        return subprocess.run(
+            [sys.executable, str(HERE / "examples" / f"{name}.py"), *words],
+            stdin=subprocess.DEVNULL, text=True, timeout=60, **how)
+
+    @pytest.mark.parametrize("name", NAMES)
+    def test_a_reader_that_has_gone(self, name):
+        """Also where a handler prints, of which errors would be logged."""
+        reading, writing = os.pipe()
+        os.close(reading)
+        with open(writing, "wb") as closed:
+            done = self.run(name, self.OTHERS.get(name, ()), stdout=closed,
+                            stderr=subprocess.PIPE, env={
+                                **os.environ, "PYTHONUNBUFFERED": "1"})
+        told = re.sub("not installed, so left out: .*\n", "", done.stderr)
+        assert (told, done.returncode) == ("", 1)
+
+    @pytest.mark.skipif(not os.path.exists("/dev/full"),
+                        reason="there is no /dev/full")
+    @pytest.mark.parametrize("name", NAMES)
+    def test_a_full_disk(self, name):
+        """Also where that shows only at the very end."""
+        with open("/dev/full", "wb") as full:
+            done = self.run(name, self.OTHERS.get(name, ()), stdout=full,
+                            stderr=subprocess.PIPE, env={
+                                **os.environ, "PYTHONUNBUFFERED": ""})
+        told = re.sub("not installed, so left out: .*\n", "", done.stderr)
+        assert (told, done.returncode) == (
+            f"{name}.py: standard output: No space left on device\n", 1)
+
+    @pytest.mark.parametrize("name", ["states", "exercises", "facts",
+                                      "three_endings"])
+    def test_no_output_at_all(self, name):
+        """Nor is any needed for the status."""
+        words = ["1", SOLUTIONS] if name == "exercises" else []
+        done = self.run(name, words, stderr=subprocess.PIPE,
+                        preexec_fn=lambda: os.close(1))
+        assert (done.stderr, done.returncode) == ("", 0)
+
+    @pytest.mark.parametrize("name, first", [
+        ("states", "argparse"), ("deaths", "asyncio"), ("facts", "argparse"),
+        ("exercises", "argparse"), ("cut", "argparse"), ("lanes", "argparse"),
+        ("vanish", "subprocess")])
+    def test_interrupted_while_it_imports(self, name, first, tmp_path):
+        """Whatever comes behind quiet.py, here the module of that name."""
+        shutil.copytree(HERE / "examples", tmp_path / "examples")
+        shutil.copy(HERE / "tcpops.py", tmp_path)
+        (tmp_path / "examples" / f"{first}.py").write_text(
+            "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+        done = subprocess.run(
+            [sys.executable, str(tmp_path / "examples" / f"{name}.py")],
+            capture_output=True, text=True, timeout=30)
+        assert (done.stdout, done.stderr, done.returncode) == (
+            "", "", -signal.SIGINT)
+
+    @pytest.mark.parametrize("name, words, said", [
+        ("lanes", ["--port", "x"], "argument --port: invalid int value: 'x'"),
+        ("lanes", ["--port", "65535"], "--port 65535: it can be 0 to 65534,"
+         " for the WebSocket needs the next port"),
+        ("storm", ["--seeds", "x"], "argument --seeds: A-B is needed"),
+        ("conformance", ["x"], "unrecognized arguments: x"),
+        ("bench", ["x"], "unrecognized arguments: x"),
+        ("facts", ["x"], "unrecognized arguments: x"),
+        ("echo", ["--listen", "127.0.0.1:65536"],
+         "argument --listen: address must be"),
+        ("ws_chat", ["--listen", "x:y"],
+         "argument --listen: address must be")])
+    def test_wrong_words(self, name, words, said):
+        status, line = refused(*words, program=f"examples/{name}.py")
+        assert status == 2 and line.startswith(f"{name}.py: {said}")
+
+    @pytest.mark.skipif(not LINUX, reason="peers vanish on Linux alone")
+    def test_a_command_that_cannot_be_run(self):
+        """Where peers can vanish, or not there."""
+        status, line = refused("/nowhere/command",
+                               program="examples/vanish.py")
+        assert status == 1 and re.fullmatch(
+            "vanish.py: /nowhere/command: (No such file or directory|"
+            "Operation not permitted)", line)
+
+    @pytest.mark.skipif(not LINUX, reason="it asks for TCP_INFO")
+    def test_step_without_a_standard_input(self):
+        """Its number may then be a socket's."""
+        done = subprocess.run(
+            [*DEATHS_PROGRAM, "--step"], capture_output=True, text=True,
+            timeout=30, preexec_fn=lambda: os.close(0))
+        assert (done.stdout, done.stderr, done.returncode) == (
+            "", "deaths.py: --step needs a standard input\n", 2)
+
+    def test_an_answer_that_forks(self, tmp_path):
+        """There is one verdict, and both processes end."""
+        told = judged(1, "import os\nos.fork()\ndef lifetimes(*_): pass\n",
+                      tmp_path)
+        assert "said nothing was not closed; 5 s is right" in told
+
+    def test_a_long_error_of_an_answer(self, tmp_path):
+        told = judged(1, "raise ValueError('y' * 5000)\n", tmp_path)
+        assert 250 < told.count("y") < 400 and "line 1 of answer.py" in told
+
+    @needs_ws
+    def test_the_last_port(self):
+        """ws_chat.py needs no other port for its WebSocket."""
+        try:
+            socket.create_server(("127.0.0.1", 65535)).close()
+        except OSError as error:
+            pytest.skip(f"port 65535: {error}")
+        with subprocess.Popen(
+                [sys.executable, str(HERE / "examples" / "ws_chat.py"),
+                 "--listen", "127.0.0.1:65535"], text=True,
+                stdout=subprocess.PIPE) as process:
+            try:
+                assert process.stdout.readline() == (
+                    "open http://127.0.0.1:65535\n")
+                for request, status in ((b"GET / HTTP/1.1\r\n\r\n", b"200"),
+                                        (HELLO, b"101")):
+                    with socket.create_connection(
+                            ("127.0.0.1", 65535), 5) as sock:
+                        sock.sendall(request)
+                        assert sock.recv(12) == b"HTTP/1.1 " + status
+            finally:
+                process.kill()
 
 
 CONFORMANCE = [sys.executable, "-W", "error",

@@ -66,6 +66,9 @@ Exit status: 1 if the system of --must-pass differs from a demand, or
 if tcpops and Kamailio differ otherwise than GROUPS says.
 """
 
+if __name__ == "__main__":
+    import quiet  # before the rest: it may be interrupted there
+
 import argparse
 import collections
 import concurrent.futures
@@ -2199,11 +2202,7 @@ if __name__ == "__main__":
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, interrupted)
     try:
-        status = main()
-        sys.stdout.flush()
-        sys.exit(status)
+        sys.exit(main())
     except KeyboardInterrupt as error:
         show_progress("")
         os._exit(128 + error.args[0])  # threads that wait would hold us up
-    except BrokenPipeError:  # of "| head", say
-        os._exit(1)

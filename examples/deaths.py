@@ -405,6 +405,8 @@ def main():
     options = parser.parse_args()
     if not LINUX:
         parser.error("this needs Linux")
+    if options.slow == STEP and sys.stdin is None:  # 0 may be a socket
+        parser.error("--step needs a standard input")
     deaths = [death for death in DEATHS if death.name in options.only]
     missing, kernel = "", None
     with contextlib.ExitStack() as files:

@@ -16,6 +16,9 @@ which terminal fact came first, and for each answer of tcp_conid_state in which
 state the socket was; vanished peers then take real seconds.
 """
 
+if __name__ == "__main__":
+    import quiet  # before the rest: it may be interrupted there
+
 import argparse
 import collections
 import concurrent.futures

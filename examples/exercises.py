@@ -353,7 +353,8 @@ def check(number, path, limit):
             [*words, sys.executable, str(Path(__file__).resolve()),
              str(number), path, "--limit", str(limit), "--verdict",
              str(writing)],
-            stdin=subprocess.DEVNULL, pass_fds=[writing]) as process:
+            stdin=subprocess.DEVNULL, pass_fds=[writing],
+            start_new_session=True) as process:  # Ctrl-C is for us
         os.close(writing)
         try:
             process.wait(limit + 3)

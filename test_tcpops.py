@@ -20581,8 +20581,8 @@ class TestStorm:
     def test_wrong_words(self, words, said):
         done = storm(*words, without=())
         assert (done.stdout, done.returncode) == ("", 2)
-        usage, line = done.stderr.splitlines()
-        assert usage.startswith("usage: storm.py") and re.search(said, line)
+        (line,) = done.stderr.splitlines()
+        assert line.startswith("storm.py: ") and re.search(said, line)
 
     @pytest.mark.parametrize("right, wrong, broken", [
         ("                self.queue_event(REASONS[cause.reason], cause,",

@@ -45,16 +45,18 @@ def client(how):
     """An ordinary client, with blocking sockets, in a thread."""
     sock = socket.create_connection(address)
     clients[sock.getsockname()[1]] = how
-    if how == "plain text":
-        sock.sendall(b"GET / HTTP/1.1\r\n\r\n")
-    else:
-        sock = client_side.wrap_socket(sock, server_hostname="localhost")
-        sock.sendall(b"hello")
-        data = sock.recv(100)
-        if how == "close_notify":
-            print(data, "came back over tls")
-            sock = sock.unwrap()
-    sock.close()
+    try:
+        if how == "plain text":
+            sock.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        else:
+            sock = client_side.wrap_socket(sock, server_hostname="localhost")
+            sock.sendall(b"hello")
+            data = sock.recv(100)
+            if how == "close_notify":
+                print(data, "came back over tls")
+                sock = sock.unwrap()
+    finally:  # print() may have failed
+        sock.close()
 
 
 clients = {}

@@ -2109,8 +2109,7 @@ class Table:
     def of_peer(self, peer):
         """Return the connections with a peer, the youngest first."""
         held = self._by_peer.get(peer, {})
-        return (reversed(held.values()) if isinstance(held, dict)
-                else [held])
+        return reversed(held.values()) if isinstance(held, dict) else [held]
 
 # ---------------------------------------------------------------------------
 # 13. Handlers
@@ -3387,6 +3386,7 @@ class Connection:
         """Act on the earliest deadline; return whether it had come."""
         if self.lingering is not None and self.lingering.look(now):
             self.end(self.cause)
+            return True
         times = deadlines_of(self)
         kind = min(times, key=times.get, default=None)
         fired = kind is not None and times[kind] <= now
@@ -3412,8 +3412,7 @@ class Connection:
             if state is _EOF:
                 self.fail(self.seen)  # bytes before the FIN are delivered
             if unread and row.reason == "message" and self.events & _READ:
-                step = (self.messages if self.phase is _OPEN
-                        else self.opening)
+                step = self.messages if self.phase is _OPEN else self.opening
                 step.deadline = now + _PROBE_AGAIN - self.plan.reactor.lag
                 return
             if self.failed:
@@ -4573,7 +4572,8 @@ class TcpOps(SpecFunctions):
                 conns = self._connections()
                 while self._table.sockets and time.monotonic() < end:
                     conns = self._end_connections(conns, cause, _SEND_REST)
-                    self.step(max(0, end - time.monotonic()))
+                    if self._table.sockets:  # else it might wait for nothing
+                        self.step(max(0, end - time.monotonic()))
                 self._end_connections(self._connections(), cause)
                 while self._handlers.events:
                     self.step(0)

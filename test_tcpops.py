@@ -16071,6 +16071,38 @@ class TestCornersOfTheEnd:
         assert (event.reason, event.unsent) == ("closed", 0)
 
 
+class TestBrEndsWithoutEvents:
+    """closed_event 0, or 2 and not enabled: no event wakes drain()."""
+
+    @pytest.mark.parametrize("mode", [0, 2])
+    def test_all_end_at_once(self, make_world, mode):
+        world = make_world(closed_event=mode)
+        world.client()
+        start = time.monotonic()
+        world.ops.drain(5)
+        assert time.monotonic() - start < 2
+        assert world.ops.stats()["ended"]["shutdown"] == 1
+
+    @pytest.mark.parametrize("mode", [0, 2])
+    def test_the_last_byte_is_acknowledged(self, make_world, mode):
+        """No descriptor is ready then: a look at the kernel's queue ends it.
+        """
+        world = make_world(closed_event=mode)
+        sock, conid = world.client()
+        assert world.ops.send(conid, bytes(500000))
+        assert world.ops.tcp_close_connection(conid)
+        assert world.ops._table.lingering
+
+        def read(left=500000):
+            while left:
+                left -= len(sock.recv(left))
+        world.ops.call_soon(read)
+        start = time.monotonic()
+        world.ops.drain(5)
+        assert time.monotonic() - start < 2
+        assert world.ops.stats()["ended"]["closed"] == 1
+
+
 # -- the command line ---------------------------------------------------------
 
 

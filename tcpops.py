@@ -3110,8 +3110,7 @@ class Messages:
         handlers = conn.plan.handlers
         if data and self.ask(framing.receive, data) is _FAILED:
             return
-        if (data and (framing.output or not conn.opened)
-                and self.shake_hands()):
+        if data and (framing.output or not conn.opened) and self.shake_hands():
             handlers.report()
         while conn.phase.delivers and not conn.is_full():
             if count == _SHARE or handlers.leaving is not None:
@@ -3652,6 +3651,10 @@ class Connection:
         try:
             waits = (manner is _SEND_REST and not self.failed
                      and self._send_rest(cause))
+            if (self.messages is not None and self.cause.errno is None
+                    and self.phase in (_HANDSHAKE, _OPEN)
+                    and not (waits or self.failed)):
+                self.write(self.messages.farewell(self.cause.reason))
         except BaseException:  # of a signal handler; work() goes on
             self.plan.reactor.later(self)
             raise
@@ -3706,9 +3709,6 @@ class Connection:
         """Close the socket, and report the end; left: see unacknowledged."""
         plan, cause, messages = self.plan, self.cause, self.messages
         assert cause is not None, "an end without a cause"
-        if (messages is not None and self.phase in (_HANDSHAKE, _OPEN)
-                and cause.errno is None and not self.failed):
-            self.write(messages.farewell(cause.reason))
         queued = self.queued()
         left = self.unacknowledged() if left is None else left
         unsent = None if left is None else queued + left

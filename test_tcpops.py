@@ -16103,6 +16103,50 @@ class TestBrEndsWithoutEvents:
         assert world.ops.stats()["ended"]["closed"] == 1
 
 
+class TestBrFarewell:
+    """A framing's farewell() may end what is about to end."""
+
+    class Last(tcpops.LineFraming):
+        """Calls a function for its farewell."""
+
+        act = staticmethod(lambda: None)
+
+        def farewell(self, reason):
+            self.act()
+            return b"bye\n"
+
+    def test_it_closes_the_loop(self, make_world, clock, monkeypatch):
+        """At a deadline, which ends the connection at once."""
+        world = make_world(framing=self.Last, clock=clock)
+        sock, conid = world.client()
+        monkeypatch.setattr(self.Last, "act", staticmethod(world.ops.close))
+        clock.advance(121)
+        world.ops.step(0)
+        assert world.ops.closed
+        assert [e.reason for e in world.ends(conid)] == ["lifetime"]
+
+    def test_it_forks(self, make_world, clock, monkeypatch):
+        """The child's turn goes on with nothing, and ends."""
+        world = make_world(framing=self.Last, clock=clock)
+        sock, conid = world.client()
+        me, status = os.getpid(), 1
+
+        def fork():
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)
+                world.child = os.fork()
+        monkeypatch.setattr(self.Last, "act", staticmethod(fork))
+        clock.advance(121)
+        try:
+            world.ops.step(0)
+            status = 7
+        finally:
+            if os.getpid() != me:  # pragma: no cover (the child)
+                os._exit(status)
+        assert os.waitstatus_to_exitcode(os.waitpid(world.child, 0)[1]) == 7
+        assert world.ends(conid)[0].reason == "lifetime"
+
+
 # -- the command line ---------------------------------------------------------
 
 

@@ -2612,6 +2612,7 @@ class Reactor:
             self.turning = False
             if self.closing:
                 self.release()
+                self._handlers.leave()
 
     def _due(self):
         """Return when a turn has something to do: a time, or NEVER."""
@@ -2767,15 +2768,13 @@ class Reactor:
         while self._handlers.events:
             self._handlers.report()
         self.turning = False
-        self.suspended.clear()
         self._owner = None
-        self._in_vain.clear()
-        self._work.clear()
+        for held in (self.suspended, self._in_vain, self._work, self._calls):
+            held.clear()
         self.deadlines = Deadlines()
         for held in (self._outer, self._selector, self.waker):
             if held is not None:
                 held.close()
-        self._settle()
 
     def abandon(self):
         """Give up this process's copies, in a child after fork()."""
@@ -2785,7 +2784,6 @@ class Reactor:
                 key.data.call = None  # the batch in hand may hold it
         self.waker.sock.close()  # its bytes are the parent's
         self._handlers.events.clear()
-        self._calls.clear()
         self.release()
 
 # ---------------------------------------------------------------------------

@@ -16146,6 +16146,24 @@ class TestBrFarewell:
         assert os.waitstatus_to_exitcode(os.waitpid(world.child, 0)[1]) == 7
         assert world.ends(conid)[0].reason == "lifetime"
 
+    def test_fork_before_an_exit_leaves_the_loop(self, make_world,
+                                                 monkeypatch):
+        """In the child all are closed, though one exception waits in each."""
+        worlds = [make_world(framing=self.Last) for _ in range(2)]
+        monkeypatch.setattr(self.Last, "act", staticmethod(sys.exit))
+        for world in worlds:
+            _, conid = world.client()
+            assert world.ops.tcp_close_connection(conid)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            child = os.fork()
+        if not child:  # pragma: no cover (the child)
+            os._exit(7 if all(world.ops.closed for world in worlds) else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+        for world in worlds:
+            with pytest.raises(SystemExit):
+                world.ops.step(0)
+
 
 # -- the command line ---------------------------------------------------------
 

@@ -1867,6 +1867,7 @@ class TlsFraming(Framing):
             with contextlib.suppress(self._ssl.SSLError):
                 self.output += self._flush(self.inner.farewell(reason))
                 self.tls.unwrap()
+            self._failure = "closed by us"  # encode() may have had it closed
         return self._flush()
 
 
@@ -3367,8 +3368,7 @@ class Connection:
                 self.opening.check()
         if self.failed and self.phase not in (_READING_REST, _CONNECTING):
             # After the program has asked for the end it gets no message.
-            self.end(self.seen, _READ_REST if self.cause is None
-                     else _AT_ONCE)
+            self.end(self.seen, _READ_REST if self.cause is None else _AT_ONCE)
         if self.phase is _SENDING_REST and self.queue is None:
             self.end(self.cause, _SEND_REST)
         if messages is not None and messages.waiting:

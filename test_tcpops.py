@@ -16164,6 +16164,21 @@ class TestBrFarewell:
             with pytest.raises(SystemExit):
                 world.ops.step(0)
 
+    @needs_tls
+    def test_encode_closes_under_tls(self, make_world, logged):
+        """send() refuses, as without TLS; there was an SSLError."""
+        class Closing(tcpops.LineFraming):
+            def encode(self, payload):
+                world.ops.tcp_close_connection(conid)
+                return super().encode(payload)
+        server, client = contexts()
+        world = make_world(framing=Closing, tls=server)
+        peer = Peer(world, client)
+        conid = world.events[-1].conid
+        assert world.ops.send(conid, b"x") is Result.FAILURE
+        assert peer.rest() == (b"", True)
+        assert world.end(conid).reason == "closed"
+
 
 # -- the command line ---------------------------------------------------------
 

@@ -2504,7 +2504,8 @@ class Reactor:
 
     def dismiss(self, sock):
         """Undo attend."""
-        self._selector.unregister(sock).data.call = None
+        self._selector.get_key(sock).data.call = None  # or: not attended
+        self._selector.unregister(sock)
         try:
             os.fstat(sock.fileno())
         except (OSError, AttributeError):  # closed already, or a number

@@ -16180,6 +16180,27 @@ class TestBrFarewell:
         assert world.end(conid).reason == "closed"
 
 
+class TestBrHost:
+    """The host program's sockets and exceptions."""
+
+    def test_dismissing_a_number_that_a_connection_has_by_now(self, world):
+        number, other = os.pipe()
+        os.close(other)
+        world.ops.attend(number, selectors.EVENT_READ, print)
+        os.close(number)  # and not dismissed
+        peer, sock = tcp_pair()
+        if sock.fileno() != number:
+            os.dup2(sock.fileno(), number, inheritable=False)
+            sock.close()
+            sock = socket.socket(fileno=number)
+        with peer:
+            world.ops.attach(sock)
+            for wrong in (number, sock):
+                with pytest.raises(AttributeError):
+                    world.ops.dismiss(wrong)
+            assert world.talk(peer).data == b"hello"
+
+
 # -- the command line ---------------------------------------------------------
 
 

@@ -4367,7 +4367,8 @@ class TcpOps(SpecFunctions):
             sock = socket.create_server(address, family=family,
                                         backlog=backlog, reuse_port=reuse_port)
         except OSError as error:  # without the library's words
-            number = _system_error(error.__context__ or error).errno
+            cause = error.__context__ if error.__suppress_context__ else error
+            number = _system_error(cause).errno
             raise OSError(number, os.strerror(number)) from None
         try:
             sock.setblocking(False)

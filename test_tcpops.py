@@ -16200,6 +16200,19 @@ class TestBrHost:
                     world.ops.dismiss(wrong)
             assert world.talk(peer).data == b"hello"
 
+    def test_listen_while_another_error_is_handled(self, world, monkeypatch):
+        """That is not why it fails."""
+        def create_server(*_, **named):
+            raise OSError(errno.EMFILE, "from socket(), say")
+        monkeypatch.setattr(socket, "create_server", create_server)
+        for another in (FileNotFoundError(errno.ENOENT, ""), KeyError()):
+            try:
+                raise another
+            except type(another):
+                with pytest.raises(OSError) as caught:
+                    world.ops.listen("127.0.0.1", 0)
+                assert caught.value.errno == errno.EMFILE
+
 
 # -- the command line ---------------------------------------------------------
 

@@ -2447,11 +2447,11 @@ class Reactor:
 
     def _lose(self, key):
         """Forget a descriptor that is no more; its owner sees it in work()."""
-        owner, self._empty_waits = key.data, 1
+        owner, sock, self._empty_waits = key.data, key.data.sock, 1
         with contextlib.suppress(KeyError):
             self._selector.unregister(key.fd)
-        if not isinstance(owner.sock, int) and owner.sock.fileno() == key.fd:
-            owner.sock.detach()  # the number may be another's by now
+        if isinstance(sock, socket.socket) and sock.fileno() == key.fd:
+            sock.detach()  # the number may be another's by now
         owner.events = 0
         self.later(owner)
 
@@ -2504,11 +2504,11 @@ class Reactor:
 
     def dismiss(self, sock):
         """Undo attend."""
-        self._selector.get_key(sock).data.call = None  # or: not attended
+        self._selector.get_key(sock).data.call = None  # fails: not attended
         self._selector.unregister(sock)
         try:
             os.fstat(sock.fileno())
-        except (OSError, AttributeError):  # closed already, or a number
+        except (OSError, ValueError, AttributeError):  # closed; a number
             self._empty_waits = 1
 
     def holds(self, sock):

@@ -16200,6 +16200,37 @@ class TestBrHost:
                     world.ops.dismiss(wrong)
             assert world.talk(peer).data == b"hello"
 
+    @pytest.mark.parametrize("buffering", [-1, 0])
+    @pytest.mark.parametrize("how", ["close", "os.close"])
+    def test_a_pipe_closed_behind_our_back(self, world, how, buffering):
+        """Its number comes back with a connection; that works."""
+        number, other = os.pipe()
+        pipe = os.fdopen(number, "rb", buffering)
+        world.ops.attend(pipe, selectors.EVENT_READ, print)
+        pipe.close() if how == "close" else os.close(number)
+        peer, sock = tcp_pair()
+        if sock.fileno() != number:
+            os.dup2(sock.fileno(), number, inheritable=False)
+            sock.close()
+            sock = socket.socket(fileno=number)
+        with peer:
+            conid = world.ops.attach(sock)
+            assert world.talk(peer).data == b"hello"
+            peer.close()
+            assert world.end(conid).reason == "eof"
+        os.close(other)
+        if how == "os.close":  # before it closes another's
+            os.dup2(os.open(os.devnull, os.O_RDONLY), number)
+            pipe.close()
+
+    def test_dismissing_a_pipe_that_is_closed(self, world):
+        number, other = os.pipe()
+        os.close(other)
+        with os.fdopen(number, "rb") as pipe:
+            world.ops.attend(pipe, selectors.EVENT_READ, print)
+        world.ops.dismiss(pipe)
+        assert world.ops.step(0) == 0
+
     def test_listen_while_another_error_is_handled(self, world, monkeypatch):
         """That is not why it fails."""
         def create_server(*_, **named):

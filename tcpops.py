@@ -3151,8 +3151,11 @@ class Messages:
             conn.plan.handlers.message(conn, msg)
 
     def _time(self, partial, anew):
-        """Start, go on with or stop the time that a message may take."""
+        """Time the next ping; and a message, if one has begun."""
         conn = self.conn
+        if self.inner.ping_interval != NEVER:  # a pong may have come
+            conn.plan.reactor.arm(
+                conn, _of_pings(conn, self.inner.awaits_pong))
         if not partial or conn.phase is not _OPEN:
             self.deadline = NEVER
         elif anew or self.deadline == NEVER:
@@ -3432,11 +3435,10 @@ class Connection:
     def begin_silence(self):
         """Begin the lifetime, and the peer's silence: from here on we read."""
         self.renew()
-        messages = self.messages
-        if messages is not None:
-            messages.silent = self.renewed
+        if self.messages is not None:
+            self.messages.silent = self.renewed
             self.plan.reactor.arm(
-                self, _of_pings(self, messages.inner.awaits_pong))
+                self, _of_pings(self, self.messages.inner.awaits_pong))
 
     def watch(self):
         """Have it selected for the events that phase and queue allow."""
@@ -3511,9 +3513,7 @@ class Connection:
         """Send a ping, unless bytes of ours wait to be sent before it."""
         messages = self.messages
         # Not the turn's time: handlers may have run since that was read.
-        messages.silent = now = self.plan.reactor.clock()
-        # For the next one: the pong may come long before its time is over.
-        self.plan.reactor.arm(self, now + messages.inner.ping_interval)
+        messages.silent = self.plan.reactor.clock()
         if self.queue is None:
             messages.ahead = self.unacknowledged() or 0
             messages.inner.awaits_pong = True

@@ -12612,6 +12612,27 @@ class TestPings:
         return sock, world.events[count].conid
 
 
+class TestStormedPings:
+    """Found by examples/storm.py."""
+
+    def test_a_ping_is_not_late_where_a_deadline_fell_before_the_pong(
+            self, make_world, clock):
+        """The owner's entry, which had been the next ping's, was used up."""
+        world = make_world(clock=clock, framing=type(
+            "Often", (Pinged,), {"ping_interval": 1}))
+        sock, conid = world.client()
+        TestPings.pass_time(world, 1)
+        assert sock.recv(9) == b"ping\n"
+        for seconds in (0.5, 50):
+            assert world.ops.tcp_set_connection_lifetime(conid, seconds)
+        TestPings.pass_time(world, 0.5)
+        sock.send(b"pong\n")
+        world.step(5)
+        assert world.ops.next_deadline() == clock() + 1
+        TestPings.pass_time(world, 1)
+        assert not TestPings.nothing(sock) and sock.recv(9) == b"ping\n"
+
+
 class TestSnapshots:
     """phase and deadlines, of a connection in each phase."""
 

@@ -6,10 +6,11 @@
 
 Each seed is a program: operations from outside, and what its handlers do when
 they are called.  The peers are ours, real sockets on the loopback that never
-block; they talk, cut, drip, flood, stop reading, half-close, reset and vanish,
-over each framing, plain and with TLS 1.2 and 1.3.  Time is a clock that jumps,
-also while a handler runs.  At the end each function of INVARIANTS looks at
-what was seen.  The first program that breaks one is shrunk and printed.
+block; they talk, cut, drip, flood, answer pings or do not, stop reading,
+half-close, reset and vanish, over each framing, plain and with TLS 1.2 and
+1.3.  Time is a clock that jumps, also while a handler runs.  At the end each
+function of INVARIANTS looks at what was seen.  The first program that breaks
+one is shrunk and printed.
 
 With --witness (root, Linux) the kernel's trace points say for each connection
 which terminal fact came first, and for each answer of tcp_conid_state in which
@@ -43,8 +44,8 @@ from pathlib import Path
 from kernel import Kernel
 from storm_model import (INVARIANTS, SEEN, Seen, descriptors, each_end, judge,
                          objects)
-from storm_peers import (JUMPS, VERSIONS, Makers, attach_filter, barrier, env,
-                         tick)
+from storm_peers import (JUMPS, NEVER, VERSIONS, Makers, attach_filter,
+                         barrier, env, kernel_count, pinging, tick)
 
 HERE = Path(__file__).resolve().parent
 CERTIFICATE = str(HERE / "localhost.pem")
@@ -54,8 +55,8 @@ SPIN = 30     #: turns in a row that may handle something and change nothing
 #: with an option set, or after close(); forget closes one that is attended.
 OPS = {"listen": 3, "peer": 10, "serve": 3, "connect": 7, "accept": 2,
        "attach": 2, "attach_again": .5, "say": 16, "part": 4, "rest": 4,
-       "garbage": 2, "fin": 4,
-       "rst": 3, "shut": 3, "say_fin": 3, "say_rst": 3, "stuff": 5,
+       "garbage": 2, "fin": 4, "rst": 3, "shut": 3, "say_fin": 3,
+       "say_rst": 3, "stuff": 5, "lull": 9,
        "pause": 3, "slow": 1, "resume": 4, "chat": 3, "vanish": .5, "back": 1,
        "call": 26, "clock": 8, "jump": 6, "run": 1, "drain": .5, "signal": .5,
        "close": .1, "set_tls": .5, "steal": .2, "attend": .2, "forget": .2,
@@ -111,6 +112,11 @@ class World(Makers, Seen):
         self.modes = {self.settings["closed_event"]}
         self.now, self.jump, self.busy = 1000.0, 0.0, []
         self.turn = self.now     # when the turn began
+        self.pings = {"ping_interval": r.choice([NEVER, 1, 1, 5, 30]),
+                      "ping_timeout": r.choice([0.5, 5, 10])}
+        self.framings = {name: pinging(self, name, **self.pings)
+                         for name in ("sip", "ws")
+                         if name in env.tcpops.FRAMINGS}
         self.depth, self.inside, self.counts = 0, None, collections.Counter()
         self.ended, self.ended_at = None, 0.0  # first drain or close
         self.draining = self.drained = self.closed = self.hung = False
@@ -239,6 +245,8 @@ class World(Makers, Seen):
         """Return a select for the loop which lets time pass and peers act."""
         def select(wait=None):
             self.pump()
+            for peer in self.peers:
+                peer.arrived = peer.wired - kernel_count(peer.sock, "waits")
             self.now, self.jump = self.now + self.jump, 0.0
             self.turn = self.now
             return real(0.002 if wait is None or wait > 0.002 else wait)
@@ -383,12 +391,12 @@ class World(Makers, Seen):
         elif name == "stuff":
             peer.reads = "none"
             peer.acts.add("pause")
+            data = b"s" * r.choice([1500000, 1500000, 150000])
             for life in self.lives.values():
                 for _ in range(4 if life.peer is peer else 0):
-                    value = self.call(name, self.ops.send, life.conid,
-                                      b"s" * 1500000)
-                    if value == 1:
-                        self.granted("send", life, (), b"s" * 1500000)
+                    if self.call(name, self.ops.send, life.conid, data) == 1:
+                        self.granted("send", life, (), data)
+            self.do_lull(r)
         peer.write()
         if name in ("fin", "say_fin", "shut", "rst", "say_rst"):
             barrier()
@@ -430,6 +438,13 @@ class World(Makers, Seen):
             due = min([info.deadline for info in self.ops.connections()
                        if info.deadline is not None], default=0)
             self.jump = max(self.jump, due - self.now - r.choice([0, 0, 0.1]))
+            self.tell(f"the clock jumps to {self.now + self.jump}")
+
+    def do_lull(self, r):
+        """Let the time of a ping or of a pong go by."""
+        time = r.choice(list(self.pings.values()))
+        if time < NEVER:
+            self.jump += time
             self.tell(f"the clock jumps to {self.now + self.jump}")
 
     def do_run(self, r):

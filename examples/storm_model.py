@@ -2,6 +2,7 @@
 the kernel's own record.
 """
 
+import bisect
 import collections
 import contextlib
 import gc
@@ -13,7 +14,7 @@ import sys
 import time
 import traceback
 
-from storm_peers import JUMPS, env, tick
+from storm_peers import JUMPS, NEVER, env, tick
 
 
 class Purpose(Exception):
@@ -42,6 +43,7 @@ class Life:
     def __init__(self, conid, now, ticks):
         self.conid, self.begun, self.ticks = conid, now, ticks
         self.opened = self.taken = 0
+        self.pings = []        # of each: when, and bytes_in
         self.ends, self.messages, self.peer = [], [], None
         self.asked = None      # when tcp_close_connection has returned 1
         self.lifetimes, self.keepalive, self.odd = [], None, set()
@@ -88,6 +90,24 @@ class Seen(logging.Handler):
             life.peer.acts.add("garbage")  # forward has chosen another
             life.peer.spoiled = 0
 
+    def on_ping(self, framing):
+        """Look whether the framing of a connection may send a ping."""
+        conn = next(conn for conn in self.ops._table.connections.values()
+                    if conn.messages and conn.messages.inner is framing)
+        life, info = self.life(conn.conid), self.ops.connection(conn.conid)
+        self.tell(f"ping of {conn.conid}")
+        peer = life.peer
+        if info.queued or peer and (
+                peer.arrived > info.bytes_in
+                or silence(life, peer, info, self.now) + 1e-6
+                < framing.ping_interval
+                or life.pings and not has_answered(life, peer, info.bytes_in)):
+            self.fault("a_ping_asks_a_silent_peer",
+                       f"{conn.conid}: {info.queued} bytes queued, pings"
+                       f" {life.pings}, arrived {peer and peer.arrived} of"
+                       f" {info}")
+        life.pings.append((self.now, info.bytes_in))
+
     def on_message(self, msg, kind="message"):
         life = self.life(msg.conid)
         self.find_peer(life, msg)
@@ -113,6 +133,7 @@ class Seen(logging.Handler):
         if event.is_end:
             life.ends.append(event)
             life.over = self.now
+            life.arrived = life.peer.arrived if life.peer else 0
             life.in_close = self.closed or self.draining
             self.times[event.conid] = time.monotonic(), tick(), self.now
             state = ops.tcp_conid_state(event.conid)
@@ -259,6 +280,12 @@ class Seen(logging.Handler):
             if info.deadline <= self.now:
                 self.fault("a_deadline_fires",
                            f"{info.conid} at {self.now}: {info.deadlines}")
+        for conn in ops._table.connections.values():
+            inner = conn.messages and conn.messages.inner
+            if inner and inner.ping_interval < NEVER and conn.events & 1 and (
+                    conn.phase.name == "open" and not {"ping", "pong"}
+                    & ops.connection(conn.conid).deadlines.keys()):
+                self.fault("a_ping_is_to_come", f"{conn.conid}")
         heap = ops._reactor.deadlines._heap
         held = len(ops._table.connections) + len(ops._table.listeners)
         if len(heap) > 2 * held + 16 or any(
@@ -295,6 +322,12 @@ SEEN = {
     "next_deadline() is no later than that of any connection.",
     "a_deadline_fires":
     "Once all is quiet no deadline is in the past.",
+    "a_ping_is_to_come":
+    "Where a peer is read and has pings, a ping or the end for want of a pong"
+    " is to come.",
+    "a_ping_asks_a_silent_peer":
+    "A ping goes to a peer that has been silent for ping_interval, and has"
+    " answered the last, while no byte of ours waits.",
     "a_socket_is_attached_once":
     "A socket that is attached cannot be attached again.",
     "no_spin":
@@ -376,7 +409,8 @@ def possible(world, life, event, peer, acts):
         allowed.add("connect")
     if age >= low["send_timeout"] and event.queued:
         allowed.add("send")
-    if "keepalive" in life.odd and "vanish" in acts:
+    if event.detail.startswith("no pong") or "keepalive" in life.odd and (
+            "vanish" in acts):  # see a_peer_that_answers_is_kept
         allowed.add("keepalive")
     if "steal" in life.odd:
         allowed.add("error")
@@ -396,6 +430,41 @@ def a_busy_loop_blames_no_one(world):
                 name[event.reason]]:
             yield (f"{life.conid} {event.reason} ({event.detail}) at the age"
                    f" of {event.age}, of which a handler took {busy}")
+
+
+def silence(life, peer, info, now):
+    """Return the seconds since the last byte that was read of a peer was
+    sent, or our last ping; of one that has done neither since it began.
+    """
+    at = bisect.bisect_left(peer.times, (info.bytes_in, 0))
+    heard = [when for _, when in peer.times[at:at + 1] if info.bytes_in]
+    asked = [when for when, _ in life.pings[-1:]]
+    return min([info.age, *(now - when for when in heard + asked)])
+
+
+def has_answered(life, peer, count):
+    """Whether so many bytes of a peer's contain a pong for the last ping."""
+    before = life.pings[-1][1]
+    return any(before < end <= count for end in peer.pongs) or (
+        peer.framing == "sip" and before < count)  # CR LFs before a message
+
+
+@invariant
+def a_peer_that_answers_is_kept(world):
+    """What ends for want of a pong has had none for its last ping, and since
+    then not a byte for ping_timeout.
+    """
+    for life, event, peer, acts in each_end(world):
+        if peer is None or not event.detail.startswith("no pong"):
+            continue
+        silent = silence(life, peer, event, life.over)
+        before = life.pings[-1][1]
+        if life.arrived > event.bytes_in or peer.spoiled is None and any(
+                before < end <= event.bytes_in for end in peer.pongs) or (
+                silent + 1e-6 < world.pings["ping_timeout"]):
+            yield (f"{life.conid} {event.proto}: silent for {silent} s, pings"
+                   f" {life.pings}, pongs {peer.pongs}, arrived"
+                   f" {life.arrived} of {event.bytes_in}")
 
 
 @invariant
@@ -460,11 +529,16 @@ def what_was_received_is_delivered(world):
 def every_byte_taken_is_counted(world):
     """What send() took is in bytes_out or, at the end, in queued."""
     for life, event, peer, acts in each_end(world):
-        if event.proto == "tcp" and peer and peer.framing == "raw" and (
-                life.taken != event.bytes_out + event.queued
-                and event.origin != "connect"):  # forward may use lines
+        if event.proto != "tcp" or not peer or event.origin == "connect" or (
+                peer.framing not in ("raw", "sip")):  # forward may use lines
+            continue
+        ours = event.bytes_out + event.queued - life.taken  # the protocol's
+        most = 4 * len(life.pings) + 2 * (peer.serial + len(peer.pongs))
+        least = 4 * (len(life.pings) - ("RST" in acts))  # the last is lost
+        if peer.framing == "raw" and ours or not least <= ours <= most:
             yield (f"{life.conid}: {life.taken} taken, {event.bytes_out} out,"
-                   f" {event.queued} queued ({event.reason} {event.detail})")
+                   f" {event.queued} queued ({event.reason} {event.detail}),"
+                   f" {len(life.pings)} pings")
 
 
 @invariant

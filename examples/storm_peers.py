@@ -26,6 +26,8 @@ VERSIONS = ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3
 #: itself; contexts by (is a client's, version); what storm.test stands for.
 env = types.SimpleNamespace(tcpops=None, canary=None, tls={}, hosts=[])
 JUMPS = [0.25, 1, 1, 2, 3, 5, 10, 20, 60, 121, 4000]  #: seconds
+NEVER = float("inf")
+PONG = object()  #: instead of a message's payload
 tick = itertools.count(1).__next__  #: what happens later has more of it
 
 
@@ -61,12 +63,22 @@ def frame(opcode, payload, masked, final=True):
     return head + bytes(4 * masked) + payload
 
 
+def pinging(world, name, **pings):
+    """Return a framing that has pings, and tells the world of each."""
+    def ping(framing):
+        world.on_ping(framing)
+        base.ping(framing)
+    base = env.tcpops.FRAMINGS[name]
+    offers = {"offers": ("sip",)} if name == "ws" else {}
+    return type(name, (base,), {"ping": ping, **pings, **offers})
+
+
 class Peer:
     """The other end of one connection: what it did, said and read."""
 
     def __init__(self, number, sock, addresses, framing, client, context, r,
-                 low):
-        self.low = low         # the lowest settings of its program
+                 world):
+        self.world = world
         self.number, self.sock, self.addresses = number, sock, addresses
         self.framing, self.client, self.r = framing, client, r
         self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
@@ -79,8 +91,16 @@ class Peer:
         self.held = []         # (data, payload) until it is ready
         self.marks = []        # (where on the wire it ends, payload)
         self.rest = None       # what is left of a message: see say
+        self.sip = framing == "sip" or framing == "ws" and r.random() < 0.5
+        self.owes, self.due = 0, 0.0  # so many pongs, and when
+        self.delay = r.choice([0, 0, 0, 0, 1, 10, NEVER])  # of its pongs
+        self.answers = r.choice(["whole"] * 4 + ["half", "other"])
+        self.pongs = []        # where on the wire each ends
+        self.times = []        # (bytes sent until then, when)
+        self.arrived = 0       # bytes in our kernel when the turn began
         self.spoiled = None    # so many messages are good
         self.news, self.read, self.end = bytearray(), 0, ""
+        self.upgraded = False  # the head before its frames is read
         self.tail = b""        # the last plain bytes that it has read
         self.reads, self.drip, self.chats = "all", None, 0
         self.broken = False
@@ -114,8 +134,8 @@ class Peer:
                 self.acts.add("alert")
             self.wire += self.outgoing.read()
         self.tail = (self.tail + data)[-8:]
+        self.news += data if self.framing in ("sip", "ws") else b""
         if self.shaken and not self.ready:
-            self.news += data
             key = re.search(rb"Sec-WebSocket-Key: (\S+)", self.news)
             if self.client and b"\r\n\r\n" in self.news:
                 self.ready = True
@@ -124,19 +144,64 @@ class Peer:
                 self.put(b"GET / HTTP/1.1\r\nHost: h\r\nUpgrade: websocket\r\n"
                          b"Connection: Upgrade\r\nSec-WebSocket-Version: 13\r"
                          b"\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n"
-                         b"\r\n")
+                         + self.subprotocol() + b"\r\n")
                 self.ready = self.r.random() < 0.3  # talks before the answer
             elif not self.client and key and b"\r\n\r\n" in self.news:
                 answer = base64.b64encode(hashlib.sha1(
                     key[1] + b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11").digest())
                 self.put(b"HTTP/1.1 101 X\r\nUpgrade: websocket\r\nConnection:"
-                         b" Upgrade\r\nSec-WebSocket-Accept: %s\r\n\r\n"
-                         % answer)
+                         b" Upgrade\r\nSec-WebSocket-Accept: %s\r\n%s\r\n"
+                         % (answer, self.subprotocol()))
                 self.ready = True
         if self.ready and self.held and "over" not in self.acts:
             held, self.held = self.held, []
             for data, payload in held:
                 self.put(data, payload)
+        self.hear()
+
+    def subprotocol(self):
+        return b"Sec-WebSocket-Protocol: sip\r\n" if self.sip else b""
+
+    def hear(self):
+        """Note the pings in what it has read."""
+        news, before = self.news, self.owes
+        if self.framing == "sip":
+            *pings, rest = news.split(b"\r\n\r\n")
+            self.owes += len(pings)
+            news[:] = rest[-3:]
+        elif not self.upgraded and b"\r\n\r\n" in news:
+            self.upgraded = True
+            del news[:news.find(b"\r\n\r\n") + 4]
+        while self.upgraded and len(news) > 1:
+            opcode, size = news[0] & 15, news[1] & 127
+            long = {126: 2, 127: 8}.get(size, 0)
+            size = int.from_bytes(news[2:2 + long], "big") if long else size
+            end = 2 + long + 4 * (news[1] >> 7) + size
+            if len(news) < end:
+                break
+            self.owes += opcode == 9
+            del news[:end]
+        if self.owes > before == 0:
+            self.due = self.world.now + self.delay
+
+    def answer(self):
+        """Queue the pongs that it owes, or what it sends instead."""
+        while self.owes and self.world.now >= self.due and not (
+                self.rest or "over" in self.acts):
+            self.owes -= 1
+            pongs = [b"\r\n"] if self.framing == "sip" else [
+                frame(10, b"", self.client)]
+            if self.sip and self.framing == "ws":
+                pongs += [frame(1, b"\r\n", self.client)]
+            data = self.r.choice(pongs)
+            if self.answers == "other":
+                self.say()
+            elif self.answers == "half":
+                self.acts.add("part")
+                self.rest = data[1:], PONG, b""
+                self.put(data[:1])
+            else:
+                self.put(data, PONG)
 
     def put(self, data, payload=None):
         """Queue plain bytes; with them a message is complete."""
@@ -145,8 +210,11 @@ class Peer:
                 self.tls.write(data)
             data = self.outgoing.read()
         self.wire += data
-        if payload is not None:
-            self.marks.append((self.wired + len(self.wire), payload))
+        end = self.wired + len(self.wire)
+        if payload is PONG:
+            self.pongs.append(end)
+        elif payload is not None:
+            self.marks.append((end, payload))
 
     def say(self, cut=False):
         """Queue a message, or all but its end."""
@@ -156,18 +224,20 @@ class Peer:
         data = payload = text
         if self.framing == "line":
             data = text + r.choice([b"\n", b"\r\n"])
-        elif self.framing == "sip":
-            payload = (r.choice([b"OPTIONS sip:a SIP/2.0", b"SIP/2.0 200 OK"])
-                       + b"\r\nl: %d\r\n\r\n" % len(text) + text)
+        if self.sip:
+            text = payload = (
+                r.choice([b"OPTIONS sip:a SIP/2.0", b"SIP/2.0 200 OK"])
+                + b"\r\nl: %d\r\n\r\n" % len(text) + text)
             data = r.choice([b"", b"", b"\r\n\r\n"]) + payload
-        elif self.framing == "ws":
+        if self.framing == "ws":
             half = r.choice([0, 0, len(text) // 2])
             data = r.choice([b"", frame(9, b"ping", self.client)]) + (
                 frame(2, text[:half], self.client, False) if half else b"")
             data += frame(0 if half else 2, text[half:], self.client)
         if self.rest or "over" in self.acts:
             return
-        if self.framing != "raw" and len(payload) > self.low["max_message"]:
+        longest = self.world.low["max_message"]
+        if self.framing != "raw" and len(payload) > longest:
             self.spoil("long")
         if cut:
             self.acts.add("part")
@@ -212,7 +282,7 @@ class Peer:
                 self.read += len(data)
                 self.end = self.end or ("" if data else
                                         "RST" if self.broken else "FIN")
-                if data and (self.tls or self.framing == "ws"):
+                if data and (self.tls or self.framing in ("sip", "ws")):
                     self.shake(data)
             if self.end == "FIN" and self.polite and self.fin is None:
                 self.polite = False
@@ -220,6 +290,7 @@ class Peer:
                 self.finish("FIN")
             if self.end:
                 break
+        self.answer()
         self.write()
         return (self.read, self.wired, self.end) != before
 
@@ -237,6 +308,7 @@ class Peer:
                 break
             del self.wire[:count]
             self.wired += count
+            self.times.append((self.wired, self.world.now))
             if self.drip:
                 break
 
@@ -301,7 +373,7 @@ class Makers:
         context = version and env.tls[client, version]
         try:
             peer = Peer(len(self.peers), sock, (local, remote), framing,
-                        client, context, random.Random(r.random()), self.low)
+                        client, context, random.Random(r.random()), self)
         except OSError:  # it is reset already
             return sock.close()
         self.peers.append(peer)
@@ -311,7 +383,7 @@ class Makers:
     def do_listen(self, r):
         framing, version = self.pick(r)
         conid = self.call("listen", self.ops.listen, "127.0.0.1", 0,
-                          framing=framing,
+                          framing=self.framings.get(framing, framing),
                           tls=version and env.tls[False, version])
         if conid is not None:
             held = self.ops._table.listeners[conid].sock
@@ -386,7 +458,8 @@ class Makers:
             host = "storm.test"
             env.hosts[:] = [("127.0.0.9", 9), server.address]
         conid = self.call(
-            "connect", self.ops.connect, host, port, framing=server.framing,
+            "connect", self.ops.connect, host, port,
+            framing=self.framings.get(server.framing, server.framing),
             tls=server.version and env.tls[True, server.version],
             **({"server_hostname": "localhost"} if server.version else {}))
         if conid is not None:
@@ -423,7 +496,8 @@ class Makers:
         elif odd == "shut":
             ours.shutdown(socket.SHUT_WR)
         self.tell(f"peer {len(self.peers) - 1}: {framing}, {odd or 'usual'}")
-        conid = self.call("attach", self.ops.attach, ours, framing=framing)
+        conid = self.call("attach", self.ops.attach, ours,
+                          framing=self.framings.get(framing, framing))
         if conid is None:
             self.kept.append(ours)
             return

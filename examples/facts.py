@@ -143,8 +143,7 @@ def main(tries=(deadlines, keepalive, probing)):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
-        usage="facts.py", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.error = lambda text: parser.exit(2, f"facts.py: {text}\n")
     parser.parse_args()
     sys.exit(main())

@@ -1727,8 +1727,7 @@ class TlsFraming(Framing):
     def __init__(self, context, server_hostname, inner):
         import ssl  # only a program that uses TLS pays for it
         super().__init__(inner.max_message, inner.client)
-        self._ssl = ssl
-        self.inner = inner
+        self._ssl, self.inner = ssl, inner
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self.tls = context.wrap_bio(
             self._incoming, self._outgoing, server_side=not inner.client,
@@ -2138,8 +2137,7 @@ class Handlers:
 
     def __init__(self, table):
         self._table = table
-        self.closed_event = 1
-        self.event_callback = None
+        self.closed_event, self.event_callback = 1, None
         self._request = self._onreply = None
         self._routes = {}        # handlers by the event's name
         self.events = collections.deque()  #: of (connection, Event), queued
@@ -2269,7 +2267,7 @@ _LONGEST_WAIT = 86400  #: seconds; epoll counts milliseconds in 31 bits
 _SPIN = 100  #: turns in which a descriptor was ready, and nothing came of it
 _SUSPENSION = 0.1  #: seconds
 _BUSY = 0.1  #: seconds of not looking that no peer is blamed for
-_BORDERS = set()  #: code that calls the program's, or waits: see section 20
+_BORDERS = set()  #: code that calls the program's: see section 20
 
 
 class _Attended:
@@ -2355,16 +2353,19 @@ class Waker:
         self._handlers.leave()
 
     def _on_interrupt(self, number, frame):
-        """Raise KeyboardInterrupt where the program's code runs, or we wait.
-
-        Else once the owner's turn is over.  One that has waited for a second
-        is behind a handler: then the next is raised at once.
+        """Raise KeyboardInterrupt where the program's code runs: below a
+        border or, as refuse(), below a framing of ours.  But receive() would
+        lose bytes in TLS.  Else once the owner's turn is over; if one has
+        waited for a second, it is behind a handler, and the next is raised.
         """
-        caller, now = frame, time.monotonic()
+        caller, called, now = frame, None, time.monotonic()
         while caller is not None and caller.f_globals is not globals():
-            caller = caller.f_back
-        if (caller is not frame and (caller is None or caller.f_code in
-                                     _BORDERS) or now > self._held_until):
+            caller, called = caller.f_back, caller
+        if (called is not None and (
+                caller is None or caller.f_code in _BORDERS
+                or called.f_code.co_name != "receive" and all(
+                    isinstance(each.f_locals.get("self"), Framing)
+                    for each in (caller, called))) or now > self._held_until):
             self._held_until = NEVER
             signal.default_int_handler(number, frame)
         if self._handlers.leaving is None:
@@ -3833,9 +3834,8 @@ class Listener:
                  "backlog")
 
     def __init__(self, plan, sock, proto, backlog):
-        self.sock, self.backlog = sock, backlog
-        self.events = 0
-        self.proto = proto
+        self.sock, self.events = sock, 0
+        self.proto, self.backlog = proto, backlog
         self.local = _peer_key(sock.getsockname())
         self.since = plan.reactor.clock()
         plan.reactor.watch(self, _READ)
@@ -4245,9 +4245,8 @@ def _setting(name, *limits):
 
 
 _BORDERS.update(function.__code__ for function in (
-    Handlers.message, Handlers.report, Handlers.call, Reactor._turn,
-    Plan.build, Messages.ask, Messages.deliver, Messages.ask_last,
-    Connection.encode))
+    Handlers.message, Handlers.report, Handlers.call, Plan.build,
+    Messages.ask, Messages.deliver, Messages.ask_last, Connection.encode))
 
 
 class TcpOps(SpecFunctions):

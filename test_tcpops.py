@@ -18407,6 +18407,68 @@ class TestInterrupts:
             sock.close()
             world.until(world.ends)
 
+    @pytest.mark.parametrize("method", ["next_message", "encode", "finish"])
+    @pytest.mark.parametrize("proto", ["tcp", pytest.param(
+        "tls", marks=needs_tls)])
+    def test_in_a_framing_s_method(self, make_world, proto, method):
+        """At once, also where it is TLS that calls it."""
+        cut = self.once()
+        run = None
+
+        def interrupted(self, *arguments):
+            if run:
+                cut()
+            return getattr(super(framing, self), method)(*arguments)
+        framing = type("Program", (tcpops.LineFraming,), {method: interrupted})
+        server, client = contexts() if proto == "tls" else (None, None)
+        world = make_world(framing=framing, tls=server)
+        world.on_message = lambda msg: world.ops.send(msg.conid, msg.data)
+        peer = Peer(world, client)
+        peer.send(b"one\n")
+        if peer.tls is not None and method == "finish":
+            with contextlib.suppress(ssl.SSLWantReadError):
+                peer.tls.unwrap()
+            peer.sock.sendall(peer.outgoing.read())
+        if method == "finish":
+            peer.shutdown(socket.SHUT_WR)
+        run = world.ops.run
+        with pytest.raises(KeyboardInterrupt):
+            run()
+        assert cut.count == 1
+        peer.shutdown(socket.SHUT_WR)
+        world.until(world.ends)
+        assert [msg.data for msg in world.messages] == [b"one"]
+
+    @needs_ws
+    @pytest.mark.parametrize("proto", ["ws", pytest.param(
+        "wss", marks=needs_tls)])
+    @pytest.mark.parametrize("method", ["refuse", "answered"])
+    def test_in_a_handshake(self, world, proto, method):
+        """It is called again, and the connection opens."""
+        cut = self.once()
+        framing = type("Program", (tcpops.WebSocketFraming,), {
+            method: lambda self, *_: cut()})
+        server, client = contexts() if proto == "wss" else (None, None)
+        port = world.ops.connection(world.ops.listen(
+            "127.0.0.1", 0, framing=framing, tls=server)).Rp
+        conid = world.ops.connect("localhost", port, framing=framing,
+                                  tls=client)
+        with pytest.raises(KeyboardInterrupt):
+            world.ops.run()
+        assert cut.count == 1
+        world.until(lambda: world.ops.connection(conid).opened)
+
+    @staticmethod
+    def once():
+        """Return a function that a SIGINT cuts short the first time."""
+        def cut():
+            cut.count += 1
+            if cut.count == 1:
+                signal.raise_signal(signal.SIGINT)
+                cut.count = 9  # not reached
+        cut.count = 0
+        return cut
+
     @pytest.mark.parametrize("call", ["drain", "close"])
     def test_in_drain_and_close(self, world, call):
         """All have ended, or are ended by the next call."""

@@ -2432,11 +2432,12 @@ class Reactor:
             owner.events = 0
             if isinstance(error, KeyError) and not before:
                 held = self._selector.get_key(owner.sock)
-                if held.data.sock is not owner.sock:
+                if held.data.sock != owner.sock:
                     # It was a socket's that was closed behind our back; the
                     # kernel has forgotten that one, the selector has not.
                     self._lose(held)
                     return self.watch(owner, events)
+                number = errno.EEXIST  # it is attended already
             if isinstance(error, ValueError):
                 with contextlib.suppress(KeyError, ValueError):
                     self._selector.unregister(owner.sock)  # it is that one

@@ -9668,6 +9668,24 @@ class TestLoop:
             assert len(logged) == 2
             timed.ops.dismiss(right)
 
+    @pytest.mark.parametrize("how", ["socket", "number"])
+    def test_attended_twice(self, world, how):
+        """The second is refused, the first goes on."""
+        left, right = socket.socketpair()
+        number = os.dup2(right.fileno(), 400)  # small integers are shared
+        called = []
+        with left, right:
+            def one():
+                return right if how == "socket" else int("400")
+            world.ops.attend(one(), selectors.EVENT_READ, called.append)
+            with pytest.raises(FileExistsError):
+                world.ops.attend(one(), selectors.EVENT_READ, print)
+            left.send(b"x")
+            assert world.ops.step(5) == 1 and len(called) == 1
+            world.ops.dismiss(one())
+            assert world.ops.step(0) == 0
+        os.close(number)
+
     def test_an_attended_socket_of_datagrams(self, world, logged):
         """Each has the same size, and each is read."""
         left, right = socket.socketpair(type=socket.SOCK_DGRAM)

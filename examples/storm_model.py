@@ -645,16 +645,17 @@ def judge_state(world, facts, conid, start, end, state):
     if life is None or not life.ends or "steal" in life.odd:
         return
     event, kernel, reset = life.ends[0], None, False
+    after_fin = "CLOSE_WAIT", "LAST_ACK"
     for when, what in facts.get((event.Rp, event.sp), ()):
         if start - 0.0005 < when < end + 0.0005:
             return  # at the same time
         if when < start:
-            reset |= what == "RST" and kernel != "CLOSE_WAIT"  # FIN decides
+            reset |= what == "RST" and kernel not in after_fin  # FIN decides
             kernel = what if what.isupper() and what != "RST" else kernel
     gone = world.times[conid][0] < start
     wanted = (None if kernel is None else
               {-1} if gone else {-3, -1} if reset
-              else {-2, -1} if kernel in ("CLOSE_WAIT", "LAST_ACK")
+              else {-2, -1} if kernel in after_fin
               else {1, 2, 3, -1} if kernel in ("ESTABLISHED", "SYN_SENT")
               else {-1, -2, -3})
     if wanted and state not in wanted:

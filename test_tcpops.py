@@ -144,7 +144,10 @@ needs_localhost = pytest.mark.skipif(
 NEEDS = {"sip": [needs_sip], "ws": [needs_ws], "tls": [needs_tls],
          "wss": [needs_ws, needs_tls], "find_by_address": [needs_localhost, needs_sip],
          "from_kamailio": [needs_sip], "sip_server": [needs_sip],
-         "tls_echo": [needs_tls], "ws_chat": [needs_ws]}
+         "tls_echo": [needs_tls], "ws_chat": [needs_ws], "lanes": [needs_ws],
+         "cut": [needs_tls, needs_sip, needs_ws], "conformance": [needs_sip],
+         **dict.fromkeys(("hostile", "bench", "storm"),
+                         [needs_tls, needs_ws, needs_sip])}
 
 
 def marked(*params):
@@ -20456,19 +20459,15 @@ class TestExEnds:
               "hostile": ["--only", "raw", "--connections", "3"],
               "bench": ["--quick", "--only", "state"],
               "storm": ["--seeds", "1-1"], "conformance": ["--differences"]}
-    NEEDS = {"lanes": [needs_ws], "cut": [needs_tls, needs_sip, needs_ws],
-             "hostile": [needs_tls, needs_ws, needs_sip],
-             "bench": [needs_tls, needs_ws, needs_sip],
-             "storm": [needs_tls, needs_ws, needs_sip],
-             "conformance": [needs_sip]}
-    NAMES = [*marked(*SMALL), *(
-        pytest.param(name, marks=NEEDS.get(name, ())) for name in OTHERS)]
+    NAMES = marked(*SMALL, *OTHERS)
 
     def run(self, name, words, **how):
         if name == "vanished_peer" and why_nobody_vanishes():
             pytest.skip(why_nobody_vanishes())
         if name not in self.SMALL and not LINUX:
             pytest.skip("it asks for what is Linux'")
+        if PYPY and name in ("hostile", "bench", "vanish"):
+            pytest.skip("it asks for what PyPy lacks")
         return subprocess.run(
             [sys.executable, str(HERE / "examples" / f"{name}.py"), *words],
             stdin=subprocess.DEVNULL, text=True, timeout=60, **how)
@@ -20821,7 +20820,9 @@ class TestStorm:
 
     def test_a_fixed_set_of_seeds(self):
         start = time.monotonic()
-        done = storm("--seeds", "1-100")
+        # PyPy frees objects when it likes; seed 89 shows it.
+        done = storm("--seeds", "1-100", *[
+            "--without", "nothing_is_left_over"][:2 * PYPY])
         assert (done.stderr, done.returncode) == ("", 0), done.stdout
         match = re.fullmatch(self.SUMMARY, done.stdout)
         assert (match[1], match[2], match[5]) == ("100", "4200", "0")

@@ -2361,11 +2361,12 @@ class Waker:
         caller, called, now = frame, None, time.monotonic()
         while caller is not None and caller.f_globals is not globals():
             caller, called = caller.f_back, caller
-        if (called is not None and (
-                caller is None or caller.f_code in _BORDERS
-                or called.f_code.co_name != "receive" and all(
-                    isinstance(each.f_locals.get("self"), Framing)
-                    for each in (caller, called))) or now > self._held_until):
+        is_program_s = called is not None and (
+            caller is None or caller.f_code in _BORDERS
+            or called.f_code.co_name != "receive" and all(
+                isinstance(each.f_locals.get("self"), Framing)
+                for each in (caller, called)))
+        if is_program_s or now > self._held_until:
             self._held_until = NEVER
             signal.default_int_handler(number, frame)
         if self._handlers.leaving is None:
@@ -3196,8 +3197,7 @@ class Lingering:
 
     def __init__(self, conn, fin):
         reactor = conn.plan.reactor
-        self.conn = conn
-        self.fin = fin          #: the peer's has come
+        self.conn, self.fin = conn, fin  #: fin: the peer's has come
         self.since = reactor.clock()
         self.left = None        # bytes in the kernel's queue, at the last look
         self.deadline = NEVER   #: once that queue is empty

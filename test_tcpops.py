@@ -16225,16 +16225,22 @@ class TestBrFarewell:
 class TestBrHost:
     """The host program's sockets and exceptions."""
 
-    def test_dismissing_a_number_that_a_connection_has_by_now(self, world):
-        number, other = os.pipe()
-        os.close(other)
-        world.ops.attend(number, selectors.EVENT_READ, print)
-        os.close(number)  # and not dismissed
+    @staticmethod
+    def pair_with(number):
+        """Return two connected sockets, the second of that number."""
         peer, sock = tcp_pair()
         if sock.fileno() != number:
             os.dup2(sock.fileno(), number, inheritable=False)
             sock.close()
             sock = socket.socket(fileno=number)
+        return peer, sock
+
+    def test_dismissing_a_number_that_a_connection_has_by_now(self, world):
+        number, other = os.pipe()
+        os.close(other)
+        world.ops.attend(number, selectors.EVENT_READ, print)
+        os.close(number)  # and not dismissed
+        peer, sock = self.pair_with(number)
         with peer:
             world.ops.attach(sock)
             for wrong in (number, sock):
@@ -16250,11 +16256,7 @@ class TestBrHost:
         pipe = os.fdopen(number, "rb", buffering)
         world.ops.attend(pipe, selectors.EVENT_READ, print)
         pipe.close() if how == "close" else os.close(number)
-        peer, sock = tcp_pair()
-        if sock.fileno() != number:
-            os.dup2(sock.fileno(), number, inheritable=False)
-            sock.close()
-            sock = socket.socket(fileno=number)
+        peer, sock = self.pair_with(number)
         with peer:
             conid = world.ops.attach(sock)
             assert world.talk(peer).data == b"hello"
@@ -20466,8 +20468,8 @@ class TestExEnds:
             pytest.skip(why_nobody_vanishes())
         if name not in self.SMALL and not LINUX:
             pytest.skip("it asks for what is Linux'")
-        if PYPY and name in ("hostile", "bench", "vanish"):
-            pytest.skip("it asks for what PyPy lacks")
+        if name == "bench" and not hasattr(os, "sched_getaffinity"):
+            pytest.skip("it binds itself to a core")
         return subprocess.run(
             [sys.executable, str(HERE / "examples" / f"{name}.py"), *words],
             stdin=subprocess.DEVNULL, text=True, timeout=60, **how)

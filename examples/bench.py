@@ -793,6 +793,8 @@ def main():
     parser.add_argument("--kind", default="echo", help=argparse.SUPPRESS)
     parser.error = lambda text: parser.exit(2, f"bench.py: {text}\n")
     options = parser.parse_args()
+    if not hasattr(os, "sched_getaffinity"):
+        parser.error("this Python binds no process to a core, as CPython does")
     cores = sorted(os.sched_getaffinity(0))
     if options.serve:
         os.sched_setaffinity(0, cores[:1])

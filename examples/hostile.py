@@ -29,9 +29,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import tcpops
 
 CERTIFICATE = Path(__file__).with_name("localhost.pem")
-CLIENT = ssl.create_default_context(cafile=CERTIFICATE)
+CLIENT = ssl.create_default_context(cafile=str(CERTIFICATE))
 SERVER = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-SERVER.load_cert_chain(CERTIFICATE)
+SERVER.load_cert_chain(str(CERTIFICATE))
 FORK, LIBC = multiprocessing.get_context("fork"), ctypes.CDLL(None)
 ALL, LIMIT = "raw line sip ws tls wss", 65536  #: max_message
 ANSWERS = {b"fill": bytes(4096), b"read": bytes(1 << 20), b"quit": b"bye"}

@@ -25,7 +25,7 @@ class Output(io.FileIO):
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is left
             if not isinstance(error, BrokenPipeError):
                 print(f"{os.path.basename(sys.argv[0])}: standard output:"
-                      f" {error.strerror}", file=sys.stderr)
+                      f" {error.strerror}", file=sys.stderr, flush=True)
             raise SystemExit(1)
 
 

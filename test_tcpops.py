@@ -14359,6 +14359,23 @@ class TestLingering:
         still(world, lambda: far.error)
         assert event.unsent > 100000 and far.count == sent(event)
 
+    def test_a_peer_that_closes_while_we_linger(self, link, clock):
+        """Its FIN is not the end of the wait while bytes are on their way."""
+        world, far, conid = link("raw", clock=clock)
+        far.attend(0)
+        assert world.ops.send(conid, DATA)
+        assert world.ops.tcp_close_connection(conid)
+        conn = world.ops._table.get(conid)
+        still(world, lambda: conn.lingering)
+        acknowledged(world, far, conid)
+        far.sock.shutdown(socket.SHUT_WR)
+        still(world, lambda: conn.lingering.fin)
+        assert not world.ends() and conn.phase.name == "lingering"
+        far.attend()
+        event = the_end(world, conid, "closed")
+        still(world, lambda: far.fin)
+        assert event.unsent == 0 and far.count == sent(event)
+
     def test_a_peer_that_closes_first_costs_no_wait(self, link):
         """Where the kernel's queue is empty nothing lingers."""
         world, far, conid = link("raw")
